@@ -1,0 +1,44 @@
+# Every target sets up `.venv` first and reuses it while the files that define it stand still.
+#   make serve ARGS="--port 8001"     EXTRA=gpu|cpu forces the engine build     PYTHON=python3.12 picks the interpreter
+
+PYTHON ?= python3
+ifndef EXTRA
+EXTRA := $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
+endif
+ifeq ($(filter $(EXTRA),cpu gpu),)
+$(error EXTRA=$(EXTRA): choose cpu or gpu)
+endif
+BIN := .venv/bin
+STAMP := .venv/.installed-$(EXTRA)
+
+.PHONY: help install serve test check format bench lock clean
+
+help:
+	@echo "make install | serve [ARGS=...] | test | check | format | bench [ARGS=...] | lock | clean     (EXTRA=$(EXTRA))"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml overrides-cpu.txt constraints-$(EXTRA).txt scripts/install
+	PYTHON="$(PYTHON)" scripts/install $(EXTRA)
+
+serve: install
+	$(BIN)/aurora serve $(ARGS)
+
+test: install
+	$(BIN)/python -m pytest $(ARGS)
+
+check: install
+	BIN=$(BIN) scripts/check
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: install
+	$(BIN)/python -m aurora.bench $(ARGS)
+
+lock: install
+	scripts/lock
+
+clean:
+	rm -rf .venv build dist

@@ -1,0 +1,120 @@
+"""How many drafted tokens will the target accept? Estimates per request and draft position, shrunk to shared priors.
+
+Position j's acceptance is conditional: P(draft j+1 accepted | drafts 1..j accepted). A verification of k drafts with a
+accepted observes positions 0..a-1 as hits and position a as a miss when a < k; deeper positions stay unseen
+(right-censored), and so does everything when k = 0.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+
+_SHARED_MEMORY = 400.0  # observations of one position after which older ones have faded to 1/e
+_REQUEST_MEMORY = 24.0
+_SHARED_PRIOR = 4.0  # pseudo-observations behind the prior below
+_REQUEST_PRIOR = 12.0  # pseudo-observations with which a request starts at the shared rates
+_OPTIMISM = 0.6  # rate assumed of a drafter nobody has seen at work
+_NEW_VERSION = 0.1  # weight that observations of an older drafter version keep
+_GATE_PRIOR = 20.0  # pseudo-observations that a new version's gate result counts for
+
+
+@dataclass
+class PositionRates:
+    """Decayed hits and trials per draft position; arrays of [k_max]."""
+
+    hits: Floats
+    trials: Floats
+
+    @classmethod
+    def empty(cls, k_max: int) -> "PositionRates":
+        return cls(np.zeros(k_max), np.zeros(k_max))
+
+    def observe(self, k: int, accepted: int, memory: float) -> None:
+        """Count one verification of `k` drafts of which the first `accepted` were accepted."""
+        seen = min(accepted + 1, k)
+        fade = 1.0 - 1.0 / memory
+        self.hits[:seen] *= fade
+        self.trials[:seen] *= fade
+        self.hits[:accepted] += 1.0
+        self.trials[:seen] += 1.0
+
+    def scale(self, weight: float) -> None:
+        """Keep the rates but trust them `weight` times as much."""
+        self.hits *= weight
+        self.trials *= weight
+
+
+@dataclass
+class AcceptanceModel:
+    """Acceptance rates shared by all requests of a domain, and each live request's own, shrunk towards them."""
+
+    k_max: int
+    _prior: Floats | None = None
+    _domains: dict[str, PositionRates] = field(default_factory=dict)
+    _requests: dict[str, tuple[str, PositionRates]] = field(default_factory=dict)
+
+    def start(self, request_id: str, domain: str = "") -> None:
+        """Begin to follow a request; it starts at its domain's rates."""
+        self._requests[request_id] = (domain, PositionRates.empty(self.k_max))
+        self._domains.setdefault(domain, PositionRates.empty(self.k_max))
+
+    def finish(self, request_id: str) -> None:
+        self._requests.pop(request_id, None)
+
+    def observe(self, request_id: str, k: int, accepted: int) -> None:
+        """Learn from one verification step; k = 0 teaches nothing."""
+        if k == 0 or request_id not in self._requests:
+            return
+        domain, own = self._requests[request_id]
+        own.observe(k, accepted, _REQUEST_MEMORY)
+        self._domains[domain].observe(k, accepted, _SHARED_MEMORY)
+
+    def drafter_changed(self, gated_rates: list[float]) -> None:
+        """Another drafter version is live: what is known of the old one counts less.
+
+        gated_rates: conditional acceptance per position that the version's gate measured; empty if there was no gate.
+        """
+        self._prior = None
+        if gated_rates:
+            known = np.clip(np.array(gated_rates[: self.k_max]), 0.0, 1.0)
+            self._prior = np.concatenate([known, np.full(self.k_max - len(known), known[-1])])
+        for rates in self._domains.values():
+            rates.scale(_NEW_VERSION)
+        for _, rates in self._requests.values():
+            rates.scale(_NEW_VERSION)
+
+    def shared_rates(self, domain: str = "") -> Floats:
+        """Conditional acceptance per position for a new request of `domain`, [k_max]."""
+        rates = self._domains.get(domain) or PositionRates.empty(self.k_max)
+        if self._prior is not None:
+            return _shrunk(rates, self._prior, _GATE_PRIOR)
+        return _chained(rates, _OPTIMISM, _SHARED_PRIOR)
+
+    def rates(self, request_id: str) -> Floats:
+        """Conditional acceptance per position for a followed request, [k_max]."""
+        domain, own = self._requests[request_id]
+        return _shrunk(own, self.shared_rates(domain), _REQUEST_PRIOR)
+
+    def gains(self, request_ids: list[str]) -> Floats:
+        """Expected extra tokens of each further draft position: cumulative products of the rates, [requests, k_max]."""
+        if not request_ids:
+            return np.zeros((0, self.k_max))
+        return np.cumprod([self.rates(r) for r in request_ids], axis=1)
+
+
+def _shrunk(rates: PositionRates, prior: Floats, weight: float) -> Floats:
+    """Posterior mean of each position's rate under a Beta prior of that mean and weight."""
+    return (rates.hits + weight * prior) / (rates.trials + weight)
+
+
+def _chained(rates: PositionRates, first: float, weight: float) -> Floats:
+    """Posterior means where a position's prior is the estimate of the one before it."""
+    estimate = np.empty(len(rates.hits))
+    before = first
+    for j in range(len(estimate)):
+        before = (rates.hits[j] + weight * before) / (rates.trials[j] + weight)
+        estimate[j] = before
+    return estimate

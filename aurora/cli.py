@@ -1,0 +1,106 @@
+"""The command `aurora`: parses, then hands over. Every command imports what it needs when it runs.
+
+Exit codes: 0 done, 1 the work failed, 2 the user can put it right (one line on stderr says how), 130 interrupted.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+from aurora import __version__
+from aurora.options import add_config_options, add_traffic_options, read_config
+
+_Command = Callable[[argparse.Namespace, list[str]], int]
+_Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+_SERVE = "Serve MODEL through an OpenAI-compatible endpoint; flags that are not listed go to vLLM as they are."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    parser = _parser()
+    known, rest = parser.parse_known_args(argv)
+    if rest and not known.passes_rest:
+        parser.error(f"unknown argument {rest[0]}; see `aurora --help`")
+    command: _Command = known.run
+    try:
+        return command(known, rest)
+    except KeyboardInterrupt:
+        return 130
+    except ValueError as error:
+        from aurora.config import UserError
+
+        if not isinstance(error, UserError):
+            raise
+        print(f"aurora: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="aurora", allow_abbrev=False, description="Speculative decoding that learns from the traffic it serves."
+    )
+    parser.add_argument("--version", action="version", version=f"aurora {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_serve(commands, "serve", _serve, "serve a model", _SERVE)
+    config = commands.add_parser("config", help="look at the configuration", allow_abbrev=False)
+    shown = config.add_subparsers(required=True, metavar="COMMAND")
+    _add_serve(shown, "show", _config_show, "print the configuration in effect", "Print the configuration as YAML.")
+    _add_traffic(commands)
+    doctor = commands.add_parser("doctor", help="say what this machine lacks", allow_abbrev=False)
+    doctor.set_defaults(run=_doctor, passes_rest=False)
+    return parser
+
+
+def _add_serve(commands: _Commands, name: str, run: _Command, short: str, text: str) -> None:
+    usage = f"aurora {'serve' if run is _serve else 'config show'} [MODEL] [flags] [vLLM flags]"
+    parser = commands.add_parser(name, help=short, description=text, usage=usage, allow_abbrev=False)
+    add_config_options(parser)
+    parser.set_defaults(run=run, passes_rest=True)
+
+
+def _serve(known: argparse.Namespace, rest: list[str]) -> int:
+    config = read_config(known, rest)
+    from aurora.launch import serve
+
+    return serve(config)
+
+
+def _config_show(known: argparse.Namespace, rest: list[str]) -> int:
+    import yaml
+
+    tree = read_config(known, rest).model_dump(mode="json")
+    print(yaml.safe_dump(tree, sort_keys=False), end="")
+    return 0
+
+
+def _doctor(_known: argparse.Namespace, _rest: list[str]) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from aurora.environment import diagnose
+
+    findings = diagnose()
+    table = Table("", "check", "found", "remedy")
+    for finding in findings:
+        mark = "[red]fails" if finding.fatal else "[yellow]lacks" if finding.remedy else "[green]ok"
+        table.add_row(mark, finding.name, finding.value, finding.remedy)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    return int(any(finding.fatal for finding in findings))
+
+
+def _add_traffic(commands: _Commands) -> None:
+    parser = commands.add_parser("traffic", help="send a stream of prompts and measure", allow_abbrev=False)
+    add_traffic_options(parser)
+    parser.set_defaults(run=_traffic, passes_rest=False)
+
+
+def _traffic(known: argparse.Namespace, _rest: list[str]) -> int:
+    options = {name: value for name, value in vars(known).items() if name not in ("run", "passes_rest")}
+    from aurora.traffic import TrafficOptions, run
+
+    return run(TrafficOptions(**options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""The configuration tree: frozen, typed, unknown keys refused. Flags override a YAML file, which overrides defaults."""
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+
+class UserError(ValueError):
+    """A mistake a user can fix; the message names what is wrong and what to do."""
+
+
+class ConfigError(UserError):
+    """A configuration that cannot be used; the message names the key, the value and the remedy."""
+
+
+class _Branch(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _cache_dir() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aurora"
+
+
+class ServerConfig(_Branch):
+    """The HTTP endpoint and the engine behind it."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535)
+    api_key_file: Path | None = Field(None, description="file with one API key a line; AURORA_API_KEY works too")
+    num_cpus: float | None = Field(None, gt=0, description="Ray CPUs of the server; default: all but the trainer's")
+    num_gpus: float = Field(0, ge=0)
+    start_timeout_s: float = Field(900, gt=0)
+
+
+class SpeculationConfig(_Branch):
+    """Drafting and the choice of its length."""
+
+    enabled: bool = True
+    k_max: int = Field(4, ge=1, le=16, description="longest draft; the engine reserves KV slots for it")
+    fixed_k: int | None = Field(None, ge=1, le=16, description="same k for every request instead of the goodput rule")
+    drafter: Path | None = Field(None, description="drafter directory to start from; default: made from the target")
+    draft_vocab: int = Field(8192, ge=256, description="tokens that the drafter can propose")
+    sample_drafts: Literal["greedy", "probabilistic"] = "greedy"
+    exploration: float = Field(0.02, ge=0, le=0.5, description="share of engine time spent on exploring")
+
+    @model_validator(mode="after")
+    def _fixed_within_max(self) -> "SpeculationConfig":
+        if self.fixed_k is not None and self.fixed_k > self.k_max:
+            raise ValueError(f"fixed_k {self.fixed_k} exceeds k_max {self.k_max}: raise k_max or lower fixed_k")
+        return self
+
+
+class CaptureConfig(_Branch):
+    """Traces from the engine to the trainer."""
+
+    sink_mib: int = Field(256, ge=1, description="bound of the trace queue; beyond it the oldest are dropped")
+    prompt_tokens: int = Field(256, ge=0, description="newest prompt tokens of each request whose features are kept")
+    top_m: int = Field(8, ge=0, le=64, description="drafter probabilities kept a draft when drafts are sampled")
+    interval_s: float = Field(0.5, gt=0, description="how often traces are collected from the engine")
+
+
+class TrainerConfig(_Branch):
+    """Online distillation."""
+
+    enabled: bool = True
+    learning_rate: float = Field(5e-4, gt=0)
+    warmup_steps: int = Field(20, ge=1)
+    ttt_steps: int = Field(3, ge=1, le=16, description="training-time-test depth: steps on the drafter's own states")
+    depth_decay: float = Field(0.8, gt=0, le=1, description="loss weight of depth j is depth_decay ** j")
+    rejected_weight: float = Field(0.5, ge=0, description="loss weight of rows on rejected branches; 0 leaves them out")
+    batch_rows: int = Field(256, ge=8, description="rollout starts an optimiser step")
+    grad_clip: float = Field(1.0, gt=0)
+    replay_mib: int = Field(1024, ge=8, description="bound of the replay; the oldest sequences leave first")
+    max_staleness: int = Field(8, ge=0, description="versions after which drafts no longer count as on-policy")
+    holdout: float = Field(0.1, gt=0, lt=0.5, description="share of requests kept out of training for the gate")
+    publish_interval_s: float = Field(60, gt=0)
+    gate_sequences: int = Field(16, ge=1, description="newest held-out requests on which a candidate is judged")
+    gate_margin: float = Field(0.0, description="acceptance length that a candidate must gain over the live drafter")
+    revocab_gain: float = Field(0.005, gt=0, description="coverage that a new draft vocabulary must add to be adopted")
+    checkpoint_interval_s: float = Field(60, gt=0)
+    threads: int = Field(1, ge=1, description="CPU threads of the trainer")
+    nice: int = Field(19, ge=0, le=19, description="scheduling priority of the trainer process; 19 is the lowest")
+    duty: float = Field(1.0, gt=0, le=1, description="share of wall time that the trainer may compute")
+    num_gpus: float = Field(0, ge=0)
+    keep_versions: int = Field(8, ge=2)
+    seed: int = 0
+
+
+class ReporterConfig(_Branch):
+    """The W&B run."""
+
+    mode: Literal["offline", "online", "disabled"] = "offline"
+    project: str = "aurora"
+    interval_s: float = Field(5, gt=0)
+
+
+class ClusterConfig(_Branch):
+    """The Ray cluster."""
+
+    address: str | None = Field(None, description="'auto' or HOST:PORT joins a running cluster; default: a local one")
+
+
+class AuroraConfig(_Branch):
+    """Everything that one deployment of Aurora is told."""
+
+    model: str = Field(DEFAULT_MODEL, min_length=1, description="local directory, hub name or the default model")
+    run_dir: Path = Field(Path("runs/default"), description="drafter store, checkpoints and W&B files")
+    cache_dir: Path = Field(default_factory=_cache_dir)
+    vllm_args: tuple[str, ...] = Field((), description="flags passed to vLLM as they are")
+    server: ServerConfig = ServerConfig()
+    speculation: SpeculationConfig = SpeculationConfig()
+    capture: CaptureConfig = CaptureConfig()
+    trainer: TrainerConfig = TrainerConfig()
+    reporter: ReporterConfig = ReporterConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @property
+    def learning(self) -> bool:
+        """Whether a trainer runs: there is nothing to teach without a drafter."""
+        return self.trainer.enabled and self.speculation.enabled
+
+    @property
+    def store_dir(self) -> Path:
+        return self.run_dir / "drafters"
+
+
+def load_config(file: Path | None, overrides: dict[str, Any]) -> AuroraConfig:
+    """Merge defaults, a YAML file and dotted overrides such as `{"server.port": 8001}` (None values are unset flags).
+
+    Raises ConfigError naming the key and the value that is wrong.
+    """
+    tree = _read_yaml(file) if file is not None else {}
+    for dotted, value in overrides.items():
+        if value is not None:
+            _set(tree, dotted, value)
+    try:
+        return AuroraConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, file)) from error
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(file.read_text())
+    except OSError as error:
+        raise ConfigError(f"--config {file}: {error.strerror}; give an existing YAML file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {file}: not valid YAML: {' '.join(str(error).split())}") from error
+    if tree is not None and not isinstance(tree, dict):
+        raise ConfigError(f"--config {file}: expected a mapping at the top, got {type(tree).__name__}")
+    return tree or {}
+
+
+def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    *branches, leaf = dotted.split(".")
+    for name in branches:
+        child = tree.setdefault(name, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"{name}: expected a mapping, got {child!r}")
+        tree = child
+    tree[leaf] = value
+
+
+def _explain(error: ValidationError, file: Path | None) -> str:
+    source = f" (flags over {file})" if file else ""
+    problems = []
+    for item in error.errors():
+        key = ".".join(map(str, item["loc"])) or "configuration"
+        given = f", got {item['input']!r}" if item["type"] != "extra_forbidden" and item["loc"] else ""
+        message = "unknown key; see `aurora config show`" if item["type"] == "extra_forbidden" else item["msg"]
+        problems.append(f"{key}: {message}{given}")
+    return "; ".join(problems) + source

@@ -1,0 +1,158 @@
+"""`aurora serve`: joins or starts a Ray cluster, creates the actors and keeps the server running until it is told to stop.
+
+The Server, Trainer and Reporter actors restart by themselves; this process only starts the server's work again after it
+died, and passes SIGINT and SIGTERM on.
+"""
+
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from aurora.config import AuroraConfig, UserError
+from aurora.default_model import model_directory, resolve_model
+from aurora.environment import engine_environment
+
+log = logging.getLogger(__name__)
+
+_ROOT = Path(__file__).resolve().parent.parent
+
+
+def serve(config: AuroraConfig) -> int:
+    """Serve until interrupted; returns the exit code. Raises UserError for what the user can mend, before serving."""
+    config = config.model_copy(update={"run_dir": config.run_dir.expanduser().resolve()})
+    _make_run_dir(config.run_dir)
+    model_dir = model_directory(resolve_model(config.model, config.cache_dir))
+    _start_ray(config)
+    import ray
+
+    try:
+        return _supervise(Deployment(config, model_dir))
+    finally:
+        ray.shutdown()
+
+
+class Deployment:
+    """The actors of one `aurora serve`."""
+
+    def __init__(self, config: AuroraConfig, model_dir: Path) -> None:
+        self.config = config
+        self.reporter = self._make_reporter()
+        self.trainer = self._make_trainer(model_dir) if config.learning else None
+        from serve.actor import make_server_actor
+
+        self.server = make_server_actor(
+            config,
+            model_dir,
+            self.trainer,
+            self.reporter,
+            environment=_server_environment(config),
+            resources=_role("serve"),
+        )
+
+    def _make_reporter(self) -> Any | None:
+        if self.config.reporter.mode == "disabled":
+            return None
+        from aurora.dashboard import make_reporter_actor
+
+        return make_reporter_actor(self.config)
+
+    def _make_trainer(self, model_dir: Path) -> Any:
+        from trainer.actor import make_trainer_actor
+
+        return make_trainer_actor(self.config, model_dir, self.reporter, resources=_role("train"))
+
+
+def _supervise(deployment: Deployment) -> int:
+    """Run the server; when its process died, run the restarted one. Ends with exit code 0 after a stop signal."""
+    import ray
+
+    stopping = _on_signal(lambda: deployment.server.stop.remote())
+    while True:
+        running = deployment.server.run.remote()
+        try:
+            _announce(deployment, running)
+            ray.get(running)
+            return 0
+        except ray.exceptions.RayTaskError as error:
+            cause = error.cause
+            if isinstance(cause, UserError):
+                raise UserError(str(cause)) from None
+            raise
+        except ray.exceptions.RayActorError:
+            if stopping:
+                return 0
+            log.warning("the server process died; it restarts with the newest published drafter")
+
+
+def _announce(deployment: Deployment, running: Any) -> None:
+    """Say where the endpoint is, once it answers; returns early when the server ends before that."""
+    import ray
+
+    address = deployment.server.address.remote()
+    ready, _ = ray.wait([address, running], num_returns=1, timeout=deployment.config.server.start_timeout_s)
+    if not ready:
+        raise UserError(
+            f"the server did not start within {deployment.config.server.start_timeout_s:.0f} s; see the log of Ray, or raise "
+            "server.start_timeout_s"
+        )
+    if running in ready:
+        return
+    host, port = ray.get(address)
+    print(f"aurora: {deployment.config.model} answers at http://{host}:{port}/v1", flush=True)
+
+
+def _on_signal(action: Any) -> list[int]:
+    """Call `action` at the first SIGINT or SIGTERM; the returned list then holds the signal. The second one kills."""
+    received: list[int] = []
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        if received:
+            sys.exit(128 + number)
+        received.append(number)
+        action()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
+    return received
+
+
+def _start_ray(config: AuroraConfig) -> None:
+    import ray
+
+    paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(paths), "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}}
+    if config.cluster.address is not None:
+        try:
+            ray.init(address=config.cluster.address, runtime_env=environment)
+        except (ConnectionError, ValueError) as error:
+            raise UserError(
+                f"--address {config.cluster.address}: no Ray cluster answers there ({error}); start one with "
+                "`ray up ray_cluster.yaml`, or leave --address out"
+            ) from error
+        return
+    cpus = max(os.cpu_count() or 1, 2)
+    ray.init(num_cpus=cpus, include_dashboard=False, runtime_env=environment, log_to_driver=False)
+
+
+def _role(name: str) -> dict[str, float]:
+    """The custom resource that ray_cluster.yaml gives the nodes of a role; nothing on a cluster without roles."""
+    import ray
+
+    return {name: 1.0} if name in ray.cluster_resources() else {}
+
+
+def _server_environment(config: AuroraConfig) -> dict[str, str]:
+    environment = engine_environment()
+    key = os.environ.get("AURORA_API_KEY")
+    return {**environment, **({"AURORA_API_KEY": key} if key else {})}
+
+
+def _make_run_dir(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--run-dir {directory}: {error.strerror}; give a directory that can be written") from error

@@ -1,0 +1,134 @@
+"""What an engine counted between two reports, how reports add up, and the Prometheus names they appear under.
+
+Positions count from 0: position j is the (j+1)-th drafted token of a verification step. Times are in seconds.
+"""
+
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+
+
+class EngineReport(msgspec.Struct, frozen=True, kw_only=True):
+    """Counters of one engine since its previous report; made in the vLLM worker, added up by everyone else."""
+
+    steps: int = 0
+    request_steps: int = 0  # decode steps summed over requests, those with k = 0 included
+    emitted_tokens: int = 0
+    prefill_tokens: int = 0
+    busy_s: float = 0.0  # engine time spent in steps
+    draft_steps: dict[int, int] = {}  # by drafter version: verification steps with at least one draft
+    drafted_tokens: dict[int, int] = {}  # by drafter version
+    accepted_tokens: dict[int, int] = {}  # by drafter version
+    accepted_at: dict[int, list[int]] = {}  # by drafter version, by position: times the draft was accepted
+    verified_at: dict[int, list[int]] = {}  # by drafter version, by position: times it was verified
+    k_histogram: list[int] = []  # [k]: request steps with a draft of length k
+    predicted_s: float = 0.0  # step time that the model predicted, over the steps that it predicted
+    measured_s: float = 0.0  # what the same steps took
+    predicted_goodput: float = 0.0  # tokens/s of engine time that the goodput rule expects; 0 while it cannot tell
+    step_error: float = 0.0  # median |predicted - measured| / measured; the latest window's
+    traces: int = 0
+    trace_bytes: int = 0
+    traces_dropped: int = 0
+    drafter_version: int = 0  # live at the time of the report
+    swaps: int = 0
+    swap_s: float = 0.0  # engine stall of the last swap
+    skipped_draft_steps: int = 0  # steps in which the drafter did not run
+
+
+def merge(earlier: EngineReport, later: EngineReport) -> EngineReport:
+    """One report for two consecutive ones. Associative; `EngineReport()` is its left identity.
+
+    Counters add up. The live version is the later one's; `step_error`, `swap_s` and `predicted_goodput` are those of
+    the last report that had a step, a swap or a prediction.
+    """
+    merged = {f: _add(getattr(earlier, f), getattr(later, f)) for f in EngineReport.__struct_fields__}
+    merged["drafter_version"] = later.drafter_version
+    merged["step_error"] = (later if later.steps else earlier).step_error
+    merged["swap_s"] = (later if later.swaps else earlier).swap_s
+    merged["predicted_goodput"] = later.predicted_goodput or earlier.predicted_goodput
+    return EngineReport(**merged)
+
+
+def _add(a: Any, b: Any) -> Any:
+    """a + b for numbers, element by element for lists (the shorter one padded with 0) and dicts."""
+    if isinstance(a, dict):
+        return {key: _add(a[key], b[key]) if key in a and key in b else (a | b)[key] for key in a | b}
+    if isinstance(a, list):
+        short, long = sorted((a, b), key=len)
+        return [x + y for x, y in zip(long, short + [0] * (len(long) - len(short)), strict=True)]
+    return a + b
+
+
+def _count(by_version: dict[int, int], version: int | None) -> int:
+    return sum(by_version.values()) if version is None else by_version.get(version, 0)
+
+
+def acceptance_length(report: EngineReport, version: int | None = None) -> float | None:
+    """Tokens emitted per verification step that had drafts: 1 + accepted / draft steps; None without such steps.
+
+    version: drafter version to look at; None for all of them.
+    """
+    steps = _count(report.draft_steps, version)
+    return 1 + _count(report.accepted_tokens, version) / steps if steps else None
+
+
+def per_position_acceptance(report: EngineReport, version: int | None = None) -> list[float | None]:
+    """Share of the drafts verified at each position that were accepted; None at positions never verified."""
+    verified = _positions(report.verified_at, version)
+    accepted = _add(_positions(report.accepted_at, version), [0] * len(verified))
+    return [a / v if v else None for a, v in zip(accepted, verified, strict=False)]
+
+
+def _positions(by_version: dict[int, list[int]], version: int | None) -> list[int]:
+    if version is not None:
+        return by_version.get(version, [])
+    total: list[int] = []
+    for counts in by_version.values():
+        total = _add(total, counts)
+    return total
+
+
+def tokens_per_s(report: EngineReport, elapsed_s: float | None = None) -> float | None:
+    """Emitted tokens per second: of engine time (the measured goodput), or of `elapsed_s`. None if no time passed."""
+    seconds = report.busy_s if elapsed_s is None else elapsed_s
+    return report.emitted_tokens / seconds if seconds > 0 else None
+
+
+class Metric(NamedTuple):
+    """One Prometheus metric."""
+
+    kind: Literal["counter", "gauge"]
+    help: str
+    labels: tuple[str, ...] = ()
+
+
+_VERSION = ("version",)
+_POSITION = ("version", "position")
+
+METRICS: dict[str, Metric] = {
+    "aurora_steps_total": Metric("counter", "Engine steps"),
+    "aurora_request_steps_total": Metric("counter", "Decode steps summed over requests, undrafted ones included"),
+    "aurora_emitted_tokens_total": Metric("counter", "Tokens emitted by decode steps"),
+    "aurora_prefill_tokens_total": Metric("counter", "Prompt tokens computed"),
+    "aurora_busy_seconds_total": Metric("counter", "Engine time spent in steps"),
+    "aurora_draft_steps_total": Metric("counter", "Verification steps with at least one draft", _VERSION),
+    "aurora_drafted_tokens_total": Metric("counter", "Drafted tokens verified", _VERSION),
+    "aurora_accepted_tokens_total": Metric("counter", "Drafted tokens accepted", _VERSION),
+    "aurora_accepted_at_total": Metric("counter", "Drafts accepted, by position from 0", _POSITION),
+    "aurora_verified_at_total": Metric("counter", "Drafts verified, by position from 0", _POSITION),
+    "aurora_k_total": Metric("counter", "Request steps by speculation length", ("k",)),
+    "aurora_skipped_draft_steps_total": Metric("counter", "Steps in which the drafter did not run"),
+    "aurora_predicted_seconds_total": Metric("counter", "Step time predicted by the step-time model"),
+    "aurora_measured_seconds_total": Metric("counter", "Step time measured over the predicted steps"),
+    "aurora_step_time_error": Metric("gauge", "Median relative error of the step-time model"),
+    "aurora_goodput_tokens_per_s": Metric("gauge", "Emitted tokens per second of engine time, last report"),
+    "aurora_predicted_goodput_tokens_per_s": Metric("gauge", "The same as the goodput rule predicted it"),
+    "aurora_traces_total": Metric("counter", "Traces captured"),
+    "aurora_trace_bytes_total": Metric("counter", "Bytes of traces captured"),
+    "aurora_traces_dropped_total": Metric("counter", "Traces dropped because the sink was full"),
+    "aurora_drafter_version": Metric("gauge", "Drafter version that is live"),
+    "aurora_swaps_total": Metric("counter", "Drafter versions swapped in"),
+    "aurora_swap_failures_total": Metric("counter", "Swaps refused or rolled back"),
+    "aurora_swap_seconds": Metric("gauge", "Engine stall of the last swap"),
+    "aurora_trainer_alive": Metric("gauge", "1 while the trainer answers, else 0"),
+}

@@ -1,0 +1,157 @@
+"""The flags of `aurora serve`: a table from flag to configuration key, and the split between our flags and vLLM's.
+
+A flag that is not in the table belongs to vLLM, which checks it by name at start-up. Flags of vLLM that Aurora itself
+sets are refused here.
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from aurora.config import AuroraConfig
+
+
+@dataclass(frozen=True)
+class Option:
+    """One flag. `constant` is what a flag without a value sets."""
+
+    flag: str
+    key: str
+    help: str
+    kind: type = str
+    metavar: str | None = None
+    choices: tuple[str, ...] | None = None
+    constant: bool | None = None
+
+    @property
+    def dest(self) -> str:
+        return "option_" + self.flag.lstrip("-").replace("-", "_")
+
+
+OPTIONS = (
+    Option("--host", "server.host", "address to listen on"),
+    Option("--port", "server.port", "port to listen on; 0 takes a free one", int, "N"),
+    Option("--api-key-file", "server.api_key_file", "file with one API key a line", Path, "FILE"),
+    Option("--run-dir", "run_dir", "drafter store, checkpoints and W&B files", Path, "DIR"),
+    Option("--no-speculation", "speculation.enabled", "decode plainly", constant=False),
+    Option("--fixed-k", "speculation.fixed_k", "draft N tokens for every request instead of choosing", int, "N"),
+    Option("--k-max", "speculation.k_max", "longest draft", int, "N"),
+    Option("--no-learning", "trainer.enabled", "serve without a trainer", constant=False),
+    Option("--drafter", "speculation.drafter", "drafter to start from; default: made from the target", Path, "DIR"),
+    Option("--draft-vocab", "speculation.draft_vocab", "tokens that the drafter can propose", int, "N"),
+    Option(
+        "--sample-drafts", "speculation.sample_drafts", "how tokens are drafted", choices=("greedy", "probabilistic")
+    ),
+    Option("--trainer-threads", "trainer.threads", "CPU threads of the trainer", int, "N"),
+    Option("--publish-interval", "trainer.publish_interval_s", "time between candidate drafters", float, "S"),
+    Option("--wandb", "reporter.mode", "W&B mode", choices=("offline", "online", "disabled")),
+    Option("--wandb-project", "reporter.project", "W&B project", metavar="NAME"),
+    Option("--address", "cluster.address", "Ray cluster to join: auto or HOST:PORT; default: a local one"),
+)
+
+_SPECULATION = "Aurora sets it; use --k-max, --fixed-k, --drafter, --sample-drafts or --no-speculation"
+_ENGINE_SEAM = "Aurora installs its own there"
+REFUSED = {
+    "--speculative-config": _SPECULATION,
+    "-sc": _SPECULATION,
+    "--spec-method": _SPECULATION,
+    "--spec-model": _SPECULATION,
+    "--spec-tokens": _SPECULATION,
+    "--scheduler-cls": _ENGINE_SEAM,
+    "--worker-cls": _ENGINE_SEAM,
+    "--worker-extension-cls": _ENGINE_SEAM,
+    "--async-scheduling": "Aurora chooses k on the synchronous path; leave it out",
+    "--no-async-scheduling": "it is off already; leave it out",
+    "--api-key": "give --api-key-file FILE or set AURORA_API_KEY: a command line is visible to all users",
+    "--model": "give the model as the first argument: aurora serve MODEL",
+}
+
+
+def add_config_options(parser: argparse.ArgumentParser) -> None:
+    """Add --config, --set and every flag of the table."""
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file; flags override it")
+    for option in OPTIONS:
+        arguments: dict[str, Any] = {"dest": option.dest, "help": option.help, "default": None}
+        if option.constant is not None:
+            arguments |= {"action": "store_const", "const": option.constant}
+        else:
+            metavar = option.metavar or (None if option.choices else option.flag.lstrip("-").upper())
+            arguments |= {"type": option.kind, "metavar": metavar, "choices": option.choices}
+        parser.add_argument(option.flag, **arguments)
+    help_set = "any configuration key, for example --set capture.sink_mib=64; see `aurora config show`"
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings", help=help_set)
+
+
+def read_config(known: argparse.Namespace, rest: Sequence[str]) -> "AuroraConfig":
+    """The configuration of a parsed command line; `rest` is what the table does not know: MODEL and vLLM's flags.
+
+    Raises ConfigError.
+    """
+    from aurora.config import load_config
+
+    model, vllm_args = split_model(rest)
+    overrides: dict[str, Any] = {"model": model, "vllm_args": vllm_args or None}
+    overrides |= {option.key: getattr(known, option.dest) for option in OPTIONS}
+    overrides |= dict(_parse_setting(setting) for setting in known.settings)
+    config = load_config(known.config, overrides)
+    refuse_controlled(config.vllm_args)
+    return config
+
+
+def split_model(rest: Sequence[str]) -> tuple[str | None, tuple[str, ...]]:
+    """MODEL, which comes before every flag of vLLM's, and those flags; `--` ends our flags and is dropped."""
+    model = None
+    if rest and not rest[0].startswith("-"):
+        model, *rest = rest
+    return model, tuple(argument for argument in rest if argument != "--")
+
+
+def refuse_controlled(vllm_args: Sequence[str]) -> None:
+    """Raise ConfigError for a flag of vLLM's that Aurora sets itself, however it is spelt."""
+    from aurora.config import ConfigError
+
+    for argument in vllm_args:
+        flag = argument.split("=", 1)[0].split(".", 1)[0]
+        name = flag.replace("_", "-") if flag.startswith("--") else flag
+        if name in REFUSED:
+            raise ConfigError(f"{flag}: {REFUSED[name]}")
+
+
+def _parse_setting(setting: str) -> tuple[str, Any]:
+    import yaml
+
+    from aurora.config import ConfigError
+
+    key, equals, text = setting.partition("=")
+    if not equals or not all(key.split(".")):
+        raise ConfigError(f"--set {setting}: expected KEY=VALUE, for example --set trainer.seed=1")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {setting}: the value is not YAML; quote it") from error
+    return key, value
+
+
+def add_traffic_options(parser: argparse.ArgumentParser) -> None:
+    """The flags of `aurora traffic`; names and defaults are those of `TrafficOptions`, which checks the values."""
+    add = parser.add_argument
+    add("dataset", metavar="DATASET", help="JSONL file or `datasets` name with `prompt` or `turns` in each row")
+    add("--url", default="http://127.0.0.1:8000", help="endpoint (default: %(default)s)")
+    add("--model", help="model to ask for; default: the first that the endpoint lists")
+    add("--api-key", metavar="KEY", help="default: AURORA_API_KEY")
+    add("--api-key-file", type=Path, metavar="FILE", help="file whose first line is the key")
+    add("--split", default="train", help="split of a `datasets` name (default: %(default)s)")
+    add("--variant", help="only rows of this variant")
+    add("--domain", help="only rows of this domain")
+    add("--limit", type=int, metavar="N", help="send the first N conversations")
+    add("--concurrency", type=int, default=4, metavar="N", help="open conversations (default: %(default)s)")
+    add("--rate", type=float, metavar="PER_S", help="start conversations at this rate, however many are open")
+    add("--max-tokens", type=int, default=128, metavar="N", help="of each answer (default: %(default)s)")
+    add("--temperature", type=float, default=0.0, metavar="T", help="default: %(default)s")
+    add("--top-p", type=float, default=1.0, metavar="P", help="default: %(default)s")
+    add("--seed", type=int, default=0, metavar="N", help="of the arrival times (default: %(default)s)")
+    add("--timeout", type=float, default=600.0, metavar="S", help="of each request (default: %(default)s)")
+    add("--json", dest="json_file", type=Path, metavar="FILE", help="write the result there too")

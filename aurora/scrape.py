@@ -1,0 +1,86 @@
+"""What a server's /metrics page says of speculation, and what happened between two looks at it.
+
+Aurora's own counters are read where the page has them; else vLLM's. The page lags the engine by the server's collection
+interval, so a difference over a few requests is approximate.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from prometheus_client.parser import text_string_to_metric_families
+
+_VLLM_VERSION = -1  # vLLM's counters tell no version
+
+
+@dataclass(frozen=True)
+class Scrape:
+    """Running totals; dicts are by drafter version."""
+
+    draft_steps: dict[int, float] = field(default_factory=dict)
+    accepted: dict[int, float] = field(default_factory=dict)
+    request_steps: float = 0.0
+    emitted: float = 0.0
+    live_version: int | None = None
+
+
+def parse_scrape(page: str) -> Scrape:
+    """Read a Prometheus text page. Raises ValueError if it is none."""
+    totals: dict[str, float] = defaultdict(float)
+    by_version: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
+    for family in text_string_to_metric_families(page):
+        for sample in family.samples:
+            totals[sample.name] += sample.value
+            if sample.labels.get("version", "").isdigit():
+                by_version[sample.name][int(sample.labels["version"])] += sample.value
+    if not any(name.startswith("aurora_") for name in totals):
+        return _vllm_scrape(totals)
+    return Scrape(
+        dict(by_version["aurora_draft_steps_total"]),
+        dict(by_version["aurora_accepted_tokens_total"]),
+        totals["aurora_request_steps_total"],
+        totals["aurora_emitted_tokens_total"],
+        int(totals["aurora_drafter_version"]) if "aurora_drafter_version" in totals else None,
+    )
+
+
+def _vllm_scrape(totals: dict[str, float]) -> Scrape:
+    return Scrape(
+        {_VLLM_VERSION: totals.get("vllm:spec_decode_num_drafts_total", 0.0)},
+        {_VLLM_VERSION: totals.get("vllm:spec_decode_num_accepted_tokens_total", 0.0)},
+    )
+
+
+def _grown(before: dict[int, float], after: dict[int, float]) -> dict[int, float]:
+    """Growth by version; a counter that fell began again at 0 (the server restarted)."""
+    return {v: total - before.get(v, 0.0) if total >= before.get(v, 0.0) else total for v, total in after.items()}
+
+
+def _increase(before: float, after: float) -> float:
+    return after - before if after >= before else after
+
+
+def acceptance_length(before: Scrape | None, after: Scrape | None) -> float | None:
+    """1 + accepted / verification steps with drafts between two scrapes; None if unknown or nothing was drafted."""
+    if before is None or after is None:
+        return None
+    steps = sum(_grown(before.draft_steps, after.draft_steps).values())
+    return 1 + sum(_grown(before.accepted, after.accepted).values()) / steps if steps else None
+
+
+def tokens_per_step(before: Scrape | None, after: Scrape | None) -> float | None:
+    """Tokens emitted per decode step of a request, undrafted steps included; None if unknown."""
+    if before is None or after is None:
+        return None
+    steps = _increase(before.request_steps, after.request_steps)
+    return _increase(before.emitted, after.emitted) / steps if steps else None
+
+
+def versions_seen(scrapes: Sequence[Scrape | None]) -> list[int]:
+    """Drafter versions that were live at a scrape or drafted between two, ascending; empty where no version is told."""
+    known = [s for s in scrapes if s is not None]
+    seen = {s.live_version for s in known if s.live_version is not None}
+    for before, after in pairwise(known):
+        seen |= {v for v, growth in _grown(before.draft_steps, after.draft_steps).items() if growth > 0}
+    return sorted(seen - {_VLLM_VERSION})

@@ -1,0 +1,80 @@
+"""Sends chat requests and times their answers."""
+
+import asyncio
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from aurora.prompts import Conversation
+
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI
+
+_ERROR_CHARS = 300
+
+
+@dataclass(frozen=True)
+class Record:
+    """One request. `error` is None if it was answered to its end."""
+
+    latency_s: float
+    ttft_s: float | None = None  # None if no text came
+    completion_tokens: int = 0
+    error: str | None = None
+
+
+class Sender:
+    """Sends single requests and whole conversations; what goes wrong with one is in its record, never raised."""
+
+    def __init__(self, client: "AsyncOpenAI", fields: Mapping[str, Any], timeout_s: float) -> None:
+        """fields: model and sampling parameters of every request. timeout_s: from sending to the end of the answer."""
+        self.client = client
+        self._fields = dict(fields)
+        self._timeout_s = timeout_s
+
+    async def converse(self, conversation: Conversation, records: list[Record]) -> None:
+        """Send the turns one after the other with all that was said before; append each one's record to `records`."""
+        messages: list[dict[str, str]] = []
+        for turn in conversation.turns:
+            messages.append({"role": "user", "content": turn})
+            record, answer = await self.request(messages)
+            records.append(record)
+            if record.error is not None:
+                return
+            messages.append({"role": "assistant", "content": answer})
+
+    async def request(self, messages: list[dict[str, str]]) -> tuple[Record, str]:
+        """One streamed chat request: its record and the text of the answer."""
+        import openai
+
+        start = time.monotonic()
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await self._stream(messages, start)
+        except TimeoutError:
+            error = f"no complete answer within --timeout {self._timeout_s:g} s"
+        except (openai.OpenAIError, ValueError) as problem:
+            error = one_line(problem)
+        return Record(time.monotonic() - start, error=error), ""
+
+    async def _stream(self, messages: list[dict[str, str]], start: float) -> tuple[Record, str]:
+        stream: Any = await self.client.chat.completions.create(
+            messages=messages, stream=True, stream_options={"include_usage": True}, **self._fields
+        )  # type: ignore[call-overload]
+        answer: list[str] = []
+        first, tokens, finished = None, 0, False
+        async for chunk in stream:
+            for choice in chunk.choices:
+                finished = finished or choice.finish_reason is not None
+                if choice.delta.content:
+                    first = first or time.monotonic() - start
+                    answer.append(choice.delta.content)
+            tokens = chunk.usage.completion_tokens if chunk.usage else tokens
+        error = None if finished else "the stream ended before the answer was complete"
+        return Record(time.monotonic() - start, first, tokens, error), "".join(answer)
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error on one line, cut to a readable length; its type's name if it has none."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:_ERROR_CHARS]

@@ -1,0 +1,151 @@
+"""The drafter store: immutable, checksummed versions of a drafter in one directory tree.
+
+Layout: `ROOT/v000007/{config.json, model.safetensors, READY}`. A version is written into a temporary directory beside
+it, flushed, renamed into place, and only then marked with `READY`, which holds the SHA-256 of every other file. A
+reader therefore sees a version whole or not at all, whatever the writer died of.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+READY = "READY"
+_VERSION_DIR = re.compile(r"v(\d{6,})")
+_ALLOWED_SUFFIXES = (".json", ".safetensors")
+
+
+class DrafterRefused(ValueError):
+    """A drafter directory that must not be loaded; the message names the file and the reason."""
+
+
+@dataclass(frozen=True)
+class DrafterVersion:
+    """One published drafter."""
+
+    number: int
+    path: Path
+    digests: dict[str, str]  # file name -> SHA-256, hex
+    metadata: dict[str, Any]  # what the publisher said of it: parent version, gate results, tokens trained
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file, hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class DrafterStore:
+    """Versions of one drafter. One writer at a time; any number of readers in any process."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        root.mkdir(parents=True, exist_ok=True)
+
+    def publish(self, write: Callable[[Path], None], metadata: dict[str, Any]) -> DrafterVersion:
+        """Let `write(directory)` fill a new version and make it visible.
+
+        `metadata` must be JSON. Raises DrafterRefused if the files written are not plain JSON and safetensors; then, as
+        on any other exception, nothing becomes visible.
+        """
+        staging = Path(tempfile.mkdtemp(prefix=".publish-", dir=self.root))
+        try:
+            write(staging)
+            files = _plain_files(staging)
+            ready = json.dumps({"digests": {f.name: sha256_file(f) for f in files}, "metadata": metadata}, indent=1)
+            for file in files:
+                _fsync(file)
+            _fsync(staging)
+            number = self._claim(staging)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+        target = self._path(number)
+        marker = target / f".{READY}"
+        marker.write_text(ready)
+        _fsync(marker)
+        marker.rename(target / READY)
+        _fsync(target)
+        _fsync(self.root)
+        return self.read(number)
+
+    def _claim(self, staging: Path) -> int:
+        """Rename `staging` to the next free version number and return it."""
+        number = 1 + max((int(m[1]) for m in map(_VERSION_DIR.fullmatch, os.listdir(self.root)) if m), default=0)
+        while True:
+            try:
+                staging.rename(self._path(number))
+                return number
+            except OSError:
+                if not self._path(number).exists():
+                    raise
+                number += 1
+
+    def _path(self, number: int) -> Path:
+        return self.root / f"v{number:06d}"
+
+    def versions(self) -> list[int]:
+        """Numbers of the READY versions, ascending."""
+        found = (_VERSION_DIR.fullmatch(p.name) for p in self.root.iterdir())
+        return sorted(int(m[1]) for m in found if m and (self.root / m[0] / READY).is_file())
+
+    def latest(self) -> int | None:
+        """Number of the newest READY version, or None."""
+        return max(self.versions(), default=None)
+
+    def read(self, number: int) -> DrafterVersion:
+        """The record of a READY version; files are not read (see `verify`). Raises DrafterRefused."""
+        path = self._path(number)
+        try:
+            record = json.loads((path / READY).read_text())
+            return DrafterVersion(number, path, dict(record["digests"]), dict(record["metadata"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DrafterRefused(f"drafter version {number} in {self.root} is not readable: {error}") from error
+
+    def verify(self, number: int) -> DrafterVersion:
+        """Re-hash every file of a version against its READY record. Raises DrafterRefused naming the file."""
+        version = self.read(number)
+        present = {f.name for f in _plain_files(version.path)}
+        if present != set(version.digests):
+            odd = sorted(present ^ set(version.digests))
+            raise DrafterRefused(f"{version.path}: files {odd} are missing or were added after publication")
+        for name, digest in version.digests.items():
+            if sha256_file(version.path / name) != digest:
+                raise DrafterRefused(f"{version.path / name}: SHA-256 differs from the published one; publish it again")
+        return version
+
+    def prune(self, keep: int) -> list[int]:
+        """Remove all but the newest `keep` versions; returns the numbers removed. Call from the writer only."""
+        removed = self.versions()[: -keep or None]
+        for number in removed:
+            (self._path(number) / READY).unlink()
+            shutil.rmtree(self._path(number))
+        return removed
+
+
+def _plain_files(directory: Path) -> list[Path]:
+    """The drafter's files, sorted; refuses links, folders and any format that could hold code."""
+    files = sorted(p for p in directory.iterdir() if p.name not in (READY, f".{READY}"))
+    for path in files:
+        if path.is_symlink() or not path.is_file():
+            raise DrafterRefused(f"{path}: only plain files belong in a drafter directory")
+        if path.suffix not in _ALLOWED_SUFFIXES:
+            allowed = " and ".join(_ALLOWED_SUFFIXES)
+            raise DrafterRefused(f"{path}: only {allowed} files are loaded, never pickle or code")
+    if not any(p.suffix == ".safetensors" for p in files):
+        raise DrafterRefused(f"{directory}: no .safetensors file")
+    return files

@@ -1,0 +1,110 @@
+"""The Server actor: one vLLM engine, its HTTP endpoint and the feedback loops, in one Ray actor process."""
+
+import asyncio
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+from prometheus_client import REGISTRY
+
+from aurora.config import AuroraConfig
+from aurora.store import DrafterStore
+from serve.engine import RunningEngine, install_seams, start_engine
+from serve.exporter import PrometheusExporter
+from serve.feedback import TraceForwarder, collect_forever, swap_forever
+from serve.http import bind, read_api_keys, serve_http
+
+_ENGINE_CHECK_S = 1.0
+
+
+class Server:
+    """Serves until told to stop. Restarted by Ray, it comes back with the newest verified drafter version."""
+
+    def __init__(self, config: AuroraConfig, model_dir: Path, trainer: Any, reporter: Any) -> None:
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        self.config = config
+        self.model_dir = model_dir
+        self.trainer = trainer
+        self.reporter = reporter
+        self._http: Any = None
+        self._ready = asyncio.Event()
+        self._address = ("", 0)
+
+    async def run(self) -> None:
+        """Start and serve; returns after `stop`. Raises UserError for what the user can mend."""
+        keys = read_api_keys(self.config.server.api_key_file, os.environ.get("AURORA_API_KEY"))
+        sock = bind(self.config.server.host, self.config.server.port)
+        engine = start_engine(self.config, self.model_dir)
+        loops = await self._start_loops(engine)
+        self._http = await serve_http(engine, self.config, sock, keys)
+        self._address = sock.getsockname()[:2]
+        self._ready.set()
+        loops.append(asyncio.create_task(_watch(engine)))
+        try:
+            await self._http.serve(sockets=[sock])
+        finally:
+            for loop in loops:
+                loop.cancel()
+            engine.client.shutdown()
+
+    async def address(self) -> tuple[str, int]:
+        """Host and port, once requests are answered."""
+        await self._ready.wait()
+        return self._address
+
+    async def stop(self) -> None:
+        """Let open requests finish and end `run`."""
+        if self._http is not None:
+            self._http.should_exit = True
+
+    async def pid(self) -> int:
+        return os.getpid()
+
+    async def _start_loops(self, engine: RunningEngine) -> list["asyncio.Task[None]"]:
+        if engine.drafter is None:
+            return []
+        await install_seams(engine, self.config)
+        exporter = PrometheusExporter(REGISTRY)
+        forwarder = TraceForwarder(self.trainer, exporter)
+        collect = collect_forever(engine, self.config, forwarder, exporter, self.reporter)
+        loops = [collect]
+        if self.config.learning:
+            loops.append(swap_forever(engine, DrafterStore(self.config.store_dir), exporter))
+        return [asyncio.create_task(_or_exit(loop)) for loop in loops]
+
+
+async def _or_exit(loop: Any) -> None:
+    """Run a loop for ever; its failure ends the process, so that Ray restarts a whole server, never half of one."""
+    try:
+        await loop
+    except asyncio.CancelledError:
+        raise
+    except BaseException:
+        logging.getLogger(__name__).exception("a feedback loop failed; the server restarts")
+        os._exit(1)
+
+
+async def _watch(engine: RunningEngine) -> None:
+    """End the process when the engine has died, so that Ray restarts it."""
+    while not engine.client.errored:
+        await asyncio.sleep(_ENGINE_CHECK_S)
+    logging.getLogger(__name__).error("the engine died at %.0f; the server restarts", time.time())
+    os._exit(1)
+
+
+def make_server_actor(
+    config: AuroraConfig, model_dir: Path, trainer: Any, reporter: Any, *, environment: dict[str, str], resources: dict[str, float]
+) -> Any:
+    """Create the actor; `environment` must hold what vLLM's CPU start-up needs before the process begins."""
+    actor = ray.remote(Server).options(
+        num_cpus=config.server.num_cpus or 1,
+        num_gpus=config.server.num_gpus,
+        resources=resources,
+        max_restarts=-1,
+        max_concurrency=64,
+        runtime_env={"env_vars": environment},
+    )
+    return actor.remote(config, model_dir, trainer, reporter)

@@ -1,0 +1,155 @@
+"""Turns engine steps into `DraftTrace`s, inside the vLLM worker (seam: model runner V1, `sample_tokens` and `_sample`).
+
+`Capture.record` runs once a step between sampling and drafting. Rows are copied as bf16 in one piece a step; encoding
+waits until the traces are collected. The sink drops its oldest traces when full; the engine never waits.
+"""
+
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from aurora.trace import DraftTrace
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class TraceSink:
+    """A queue of traces bounded in bytes: full, it drops the oldest and counts."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+        self.dropped = 0
+        self._traces: deque[DraftTrace] = deque()
+        self._bytes = 0
+
+    def put(self, trace: DraftTrace) -> None:
+        self._traces.append(trace)
+        self._bytes += trace.nbytes
+        while self._bytes > self.limit_bytes:
+            self._bytes -= self._traces.popleft().nbytes
+            self.dropped += 1
+
+    def drain(self, limit_bytes: int) -> list[DraftTrace]:
+        """The oldest traces up to `limit_bytes`, at least one if there is any."""
+        taken: list[DraftTrace] = []
+        size = 0
+        while self._traces and (not taken or size + self._traces[0].nbytes <= limit_bytes):
+            taken.append(self._traces.popleft())
+            size += taken[-1].nbytes
+        self._bytes -= size
+        return taken
+
+
+def bf16_bits(rows: "Tensor") -> np.ndarray:
+    """[n, d] of any float type -> uint16 bit patterns of bfloat16 on the host."""
+    bits: np.ndarray = rows.to(torch.bfloat16).contiguous().view(torch.uint16).cpu().numpy()
+    return bits
+
+
+class Capture:
+    """Reads the model runner's state after each step."""
+
+    def __init__(self, runner: Any, sink: TraceSink | None, prompt_tokens: int, top_m: int) -> None:
+        self.runner = runner
+        self.sink = sink
+        self.prompt_tokens = prompt_tokens
+        self.top_m = top_m
+        self.drafter_version = 0
+        self._step = 0
+
+    def record(self, state: Any, sampled: "Tensor") -> list[tuple[int, int, int]]:
+        """Make this step's traces; returns (rows, k, emitted) of each request in batch order.
+
+        state: the runner's ExecuteModelState; sampled: [B, <= k_max + 1] int, -1 past what was accepted.
+        """
+        self._step += 1
+        batch = self.runner.input_batch
+        output = state.scheduler_output
+        drafts = state.spec_decode_metadata.num_draft_tokens if state.spec_decode_metadata else [0] * batch.num_reqs
+        emitted = (sampled >= 0).sum(dim=1).tolist() if sampled.dim() == 2 else [1] * batch.num_reqs
+        rows = [output.num_scheduled_tokens[r] for r in batch.req_ids]
+        facts = []
+        for i, (n, k) in enumerate(zip(rows, drafts, strict=True)):
+            start = int(batch.num_computed_tokens_cpu[i])
+            mid_prefill = start + n - k < int(batch.num_tokens_no_spec[i])
+            facts.append((n, k, 0 if mid_prefill else int(emitted[i])))
+        if self.sink is not None and state.aux_hidden_states is not None:
+            self._emit(state, sampled.tolist(), facts, self.sink)
+        return facts
+
+    def _emit(self, state: Any, sampled: list[list[int]], facts: list[tuple[int, int, int]], sink: TraceSink) -> None:
+        batch = self.runner.input_batch
+        total = sum(n for n, _, _ in facts)
+        keep = self._kept_rows(facts)
+        if not keep:
+            return
+        index = torch.cat([torch.arange(a, b) for _, a, b, _ in keep]) if len(keep) != len(facts) or _gaps(keep) else None
+        aux = bf16_bits(_rows(torch.cat([a[:total] for a in state.aux_hidden_states], dim=-1), index))
+        hidden = bf16_bits(_rows(state.hidden_states[:total], index))
+        ids = self.runner.input_ids.cpu[:total].numpy().astype(np.int32)
+        q, now, at = self._draft_q(state.spec_decode_metadata), time.time(), 0
+        for i, first, end, position in keep:
+            n, (_, k, emitted) = end - first, facts[i]
+            sink.put(
+                DraftTrace(
+                    request_id=batch.req_ids[i],
+                    step=self._step,
+                    time_s=now,
+                    position=position,
+                    prompt_tokens=int(batch.num_prompt_tokens[i]),
+                    input_ids=ids[first:end].copy(),
+                    emitted_ids=np.array(sampled[i][:emitted], dtype=np.int32),
+                    k=k,
+                    accepted=max(emitted - 1, 0),
+                    draft_q=q[i][0] if q else np.ones(k, np.float32),
+                    top_q_ids=q[i][1] if q else np.zeros((k, 0), np.int32),
+                    top_q=q[i][2] if q else np.zeros((k, 0), np.float32),
+                    hidden=hidden[at : at + n],
+                    aux=aux[at : at + n],
+                    drafter_version=self.drafter_version,
+                    temperature=float(batch.temperature_cpu[i]),
+                    top_p=float(batch.top_p_cpu[i]),
+                    top_k=_top_k(int(batch.top_k_cpu[i]), batch.vocab_size),
+                )
+            )
+            at += n
+
+    def _kept_rows(self, facts: list[tuple[int, int, int]]) -> list[tuple[int, int, int, int]]:
+        """(request index, first row, end row, position of the first row) without prompt rows that are too old."""
+        batch = self.runner.input_batch
+        keep, offset = [], 0
+        for i, (n, _, _) in enumerate(facts):
+            start = int(batch.num_computed_tokens_cpu[i])
+            oldest = int(batch.num_prompt_tokens[i]) - self.prompt_tokens
+            skip = min(max(oldest - start, 0), n)
+            if skip < n:
+                keep.append((i, offset + skip, offset + n, start + skip))
+            offset += n
+        return keep
+
+    def _draft_q(self, metadata: Any) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]] | None:
+        """Per request: q of each draft [k], the drafter's top-m ids and probabilities [k, m]; None for greedy drafts."""
+        probs = self.runner._get_spec_decode_draft_probs(metadata) if metadata is not None else None
+        if probs is None:
+            return None
+        top = probs.topk(self.top_m, dim=-1)
+        q = probs.gather(1, metadata.draft_token_ids.long().unsqueeze(1)).squeeze(1).float().cpu().numpy()
+        ids, values = top.indices.int().cpu().numpy(), top.values.float().cpu().numpy()
+        ends = np.cumsum(metadata.num_draft_tokens)
+        return [(q[e - k : e], ids[e - k : e], values[e - k : e]) for e, k in zip(ends, metadata.num_draft_tokens)]
+
+
+def _rows(tensor: "Tensor", index: "Tensor | None") -> "Tensor":
+    return tensor if index is None else tensor[index.to(tensor.device)]
+
+
+def _gaps(keep: list[tuple[int, int, int, int]]) -> bool:
+    return any(a[2] != b[1] for a, b in zip(keep, keep[1:])) or keep[0][1] != 0
+
+
+def _top_k(value: int, vocab_size: int) -> int:
+    return 0 if value >= vocab_size else value

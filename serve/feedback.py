@@ -1,0 +1,122 @@
+"""The loops that run beside the HTTP server: engine to trainer, engine to metrics, store to engine."""
+
+import asyncio
+import logging
+import time
+from typing import Any
+
+import msgspec
+
+from aurora.config import AuroraConfig
+from aurora.metrics import EngineReport, merge
+from aurora.store import DrafterRefused, DrafterStore
+from serve.engine import RunningEngine
+from serve.exporter import PrometheusExporter
+
+log = logging.getLogger(__name__)
+
+_STAGE_POLL_S = 0.05
+_INGEST_TIMEOUT_S = 30.0
+_TRAINER_PAUSE_S = 5.0
+
+
+class TraceForwarder:
+    """Sends encoded traces to the trainer, one payload at a time and in order.
+
+    A trainer that is dead or slow costs traces, which are counted, never serving.
+    """
+
+    def __init__(self, trainer: Any | None, exporter: PrometheusExporter) -> None:
+        self._trainer = trainer
+        self._exporter = exporter
+        self._task: asyncio.Task[None] | None = None
+
+    def send(self, payload: bytes, traces: int) -> None:
+        """Forward one payload of `traces`; never blocks. It is lost and counted if the last one is still on its way."""
+        if self._trainer is None or not payload:
+            return
+        if self._task is not None and not self._task.done():
+            self._lost(traces)
+            return
+        self._task = asyncio.create_task(self._forward(payload, traces))
+
+    async def _forward(self, payload: bytes, traces: int) -> None:
+        import ray
+
+        assert self._trainer is not None
+        try:
+            await asyncio.wait_for(self._trainer.ingest.remote(payload), _INGEST_TIMEOUT_S)
+            self._exporter.set("aurora_trainer_alive", 1)
+        except (ray.exceptions.RayError, TimeoutError) as error:
+            self._lost(traces)
+            self._exporter.set("aurora_trainer_alive", 0)
+            log.warning("trainer does not take traces (%s); serving goes on", type(error).__name__)
+            await asyncio.sleep(_TRAINER_PAUSE_S)
+
+    def _lost(self, traces: int) -> None:
+        self._exporter.inc("aurora_traces_dropped_total", {}, traces)
+
+
+async def collect_forever(
+    engine: RunningEngine, config: AuroraConfig, forwarder: TraceForwarder, exporter: PrometheusExporter, reporter: Any
+) -> None:
+    """Every `capture.interval_s`: take traces and counters from the engine, forward both; report every reporter interval."""
+    pending: EngineReport | None = None
+    reported = time.monotonic()
+    while True:
+        await asyncio.sleep(config.capture.interval_s)
+        ((payload, encoded),) = await engine.client.collective_rpc("aurora_drain")
+        report = msgspec.msgpack.decode(encoded, type=EngineReport)
+        forwarder.send(payload, report.traces)
+        exporter.update(report)
+        pending = report if pending is None else merge(pending, report)
+        if reporter is not None and time.monotonic() - reported >= config.reporter.interval_s:
+            reporter.serving.remote(msgspec.to_builtins(pending), time.time())
+            pending, reported = None, time.monotonic()
+
+
+async def swap_forever(engine: RunningEngine, store: DrafterStore, exporter: PrometheusExporter, poll_s: float = 1.0) -> None:
+    """Bring every newly published drafter version into the engine. A refused version is counted and never tried again."""
+    assert engine.drafter is not None
+    live = engine.drafter.number
+    while True:
+        await asyncio.sleep(poll_s)
+        newest = store.latest()
+        if newest is None or newest <= live:
+            continue
+        live = newest
+        try:
+            await swap(engine, newest)
+        except SwapFailed as error:
+            exporter.inc("aurora_swap_failures_total", {}, 1)
+            log.error("drafter version %d is not used: %s", newest, error)
+
+
+class SwapFailed(RuntimeError):
+    """The version was not brought in; the drafter before it still drafts."""
+
+
+async def swap(engine: RunningEngine, number: int) -> float:
+    """Stage a version beside serving, then exchange it between two steps; returns the stall in seconds.
+
+    The target's checksum is taken before and after. Raises SwapFailed when the version was refused or rolled back, and
+    RuntimeError when the target changed: then the engine must not go on.
+    """
+    rpc = engine.client.collective_rpc
+    try:
+        ((before, _),) = await rpc("aurora_checksums")
+        await rpc("aurora_stage", args=(number,))
+        while not all(await rpc("aurora_staged")):
+            await asyncio.sleep(_STAGE_POLL_S)
+        stalls: list[float] = await rpc("aurora_commit")
+        ((after, _),) = await rpc("aurora_checksums")
+    except DrafterRefused as error:
+        raise SwapFailed(str(error)) from error
+    except Exception as error:  # vLLM re-raises a worker's exception as a bare Exception that carries its text
+        if engine.client.errored:
+            raise
+        raise SwapFailed(str(error)) from error
+    if before != after:
+        raise RuntimeError(f"swap to drafter version {number} changed the target: checksum {before} became {after}")
+    log.info("drafter version %d is live after a stall of %.4f s", number, max(stalls))
+    return max(stalls)

@@ -1,0 +1,93 @@
+"""Counts what the engine does, in the worker, between two collections."""
+
+from collections import Counter, defaultdict
+from typing import TYPE_CHECKING
+
+from aurora.metrics import EngineReport
+
+if TYPE_CHECKING:
+    from serve.scheduler import StepNotes
+
+
+class StepCounter:
+    """Folds engine steps into an `EngineReport`."""
+
+    def __init__(self, version: int) -> None:
+        self._version = version
+        self._dropped_before = 0
+        self._reset()
+
+    def _reset(self) -> None:
+        self._steps = self._request_steps = self._emitted = self._prefill = self._skipped = self._swaps = 0
+        self._busy_s = self._predicted_s = self._measured_s = self._step_error = self._predicted_tokens = self._swap_s = 0.0
+        self._k: Counter[int] = Counter()
+        self._draft_steps: Counter[int] = Counter()
+        self._drafted: Counter[int] = Counter()
+        self._accepted: Counter[int] = Counter()
+        self._accepted_at: dict[int, Counter[int]] = defaultdict(Counter)
+        self._verified_at: dict[int, Counter[int]] = defaultdict(Counter)
+
+    def step(self, version: int, facts: list[tuple[int, int, int]], notes: "StepNotes | None") -> None:
+        """One engine step; facts: (rows, k, emitted) of each request, drafted by `version`."""
+        self._steps += 1
+        for rows, k, emitted in facts:
+            self._emitted += emitted
+            if rows > k + 1 or not emitted:
+                self._prefill += rows
+                continue
+            self._request_steps += 1
+            self._k[k] += 1
+            if k:
+                self._verification(version, k, emitted - 1)
+        if notes is not None:
+            self._skipped += notes.skip_drafter
+            self._busy_s += notes.measured_s
+            self._step_error = notes.step_error
+            if notes.predicted_s:
+                self._predicted_s += notes.predicted_s
+                self._predicted_tokens += notes.predicted_tokens
+                self._measured_s += notes.measured_s
+
+    def swapped(self, version: int, seconds: float) -> None:
+        self._version, self._swaps, self._swap_s = version, self._swaps + 1, seconds
+
+    def take(self, traces: int, trace_bytes: int, dropped: int) -> EngineReport:
+        """The report since the last call; `dropped` is the sink's running total."""
+        report = EngineReport(
+            steps=self._steps,
+            request_steps=self._request_steps,
+            emitted_tokens=self._emitted,
+            prefill_tokens=self._prefill,
+            busy_s=self._busy_s,
+            draft_steps=dict(self._draft_steps),
+            drafted_tokens=dict(self._drafted),
+            accepted_tokens=dict(self._accepted),
+            accepted_at={v: _dense(c) for v, c in self._accepted_at.items()},
+            verified_at={v: _dense(c) for v, c in self._verified_at.items()},
+            k_histogram=_dense(self._k),
+            predicted_s=self._predicted_s,
+            measured_s=self._measured_s,
+            step_error=self._step_error,
+            predicted_tokens=self._predicted_tokens,
+            traces=traces,
+            trace_bytes=trace_bytes,
+            traces_dropped=dropped - self._dropped_before,
+            drafter_version=self._version,
+            swaps=self._swaps,
+            swap_s=self._swap_s,
+            skipped_draft_steps=self._skipped,
+        )
+        self._dropped_before = dropped
+        self._reset()
+        return report
+
+    def _verification(self, version: int, k: int, accepted: int) -> None:
+        self._draft_steps[version] += 1
+        self._drafted[version] += k
+        self._accepted[version] += accepted
+        self._verified_at[version].update(range(k))
+        self._accepted_at[version].update(range(accepted))
+
+
+def _dense(counts: Counter[int]) -> list[int]:
+    return [counts[i] for i in range(max(counts, default=-1) + 1)]

@@ -1,0 +1,37 @@
+"""Repair of sampling under speculation on CPU (vLLM 0.32).
+
+`rejection_sampler.expand_batch_to_tokens` launches `expand_kernel`, whose CPU version fills an int64 copy of the expanded
+temperature, top-k or top-p and drops it, so every sampled token under speculation is drawn from garbage. The
+replacement expands with `repeat_interleave`. It is exact on every device and version, so it may stay installed when
+vLLM no longer needs it; `tests/integration/test_sampling.py` fails while it is needed and missing.
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+AFFECTED_VERSIONS = ">=0.32,<0.34"
+
+
+def expand_batch_to_tokens(
+    x: "Tensor", cu_num_tokens: "Tensor", num_tokens: int, replace_from: int = 0, replace_to: int = 0
+) -> "Tensor":
+    """Repeat each request's value once for each of its draft tokens: x [B], cu_num_tokens [B] -> [num_tokens]."""
+    import torch
+
+    counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1)).long()
+    x = torch.where(x == replace_from, torch.full_like(x, replace_to), x)
+    return x.repeat_interleave(counts, output_size=num_tokens)
+
+
+def install() -> None:
+    """Replace vLLM's function in this process. Raises RuntimeError when vLLM has moved it."""
+    from vllm.v1.sample import rejection_sampler
+
+    if not hasattr(rejection_sampler, "expand_batch_to_tokens"):
+        raise RuntimeError(
+            "vllm.v1.sample.rejection_sampler has no expand_batch_to_tokens: this vLLM is not one of "
+            f"{AFFECTED_VERSIONS}, install one that is"
+        )
+    rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens

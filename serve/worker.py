@@ -1,0 +1,164 @@
+"""What Aurora adds to each vLLM worker process (seam: `--worker-extension-cls`; model runner V1, vLLM 0.32-0.33).
+
+The methods below are called through `collective_rpc`, which vLLM runs between two engine steps.
+"""
+
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import torch
+
+from aurora.trace import encode_traces
+from serve import sampling_shim
+from serve.capture import Capture, TraceSink
+from serve.report import StepCounter
+from serve.scheduler import NOTES, DraftNotes, StepNotes
+from serve.swap import DrafterSwap, Staged
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_DRAIN_BYTES = 64 << 20
+_RUNNER_SEAMS = ("sample_tokens", "_sample", "propose_draft_token_ids", "take_draft_token_ids")
+
+
+class AuroraWorker:
+    """Mixed into vLLM's worker class; everything is reached through `self.model_runner`."""
+
+    model_runner: Any
+
+    def aurora_install(self, settings: dict[str, Any]) -> dict[str, str]:
+        """Put the hooks in place; returns what was found. Raises RuntimeError if this runner does not have the seams.
+
+        settings: sink_bytes (0: no capture), prompt_tokens, top_m, store_dir, version, gated_rates.
+        """
+        runner = self.model_runner
+        missing = [name for name in _RUNNER_SEAMS if not hasattr(runner, name)]
+        if missing:
+            raise RuntimeError(
+                f"model runner {type(runner).__name__} lacks {', '.join(missing)}: Aurora needs vLLM 0.32-0.33 with the V1 "
+                "runner; set VLLM_USE_V2_MODEL_RUNNER=0"
+            )
+        sampling_shim.install()
+        drafter = runner.drafter.model
+        self._swap = DrafterSwap(drafter, runner.get_model(), Path(settings["store_dir"]), settings["version"])
+        self._swap.gated_rates = settings["gated_rates"]
+        self._stager: _Stager | None = None
+        sink = TraceSink(settings["sink_bytes"]) if settings["sink_bytes"] else None
+        self._hooks = RunnerHooks(runner, Capture(runner, sink, settings["prompt_tokens"], settings["top_m"]), self._swap)
+        self._hooks.install()
+        return {"runner": type(runner).__name__, "drafter": type(drafter).__name__}
+
+    def aurora_drain(self) -> tuple[bytes, bytes]:
+        """Traces since the last call (encoded, at most 64 MiB; the rest stays queued) and the `EngineReport` (msgpack)."""
+        sink = self._hooks.capture.sink
+        traces = sink.drain(_DRAIN_BYTES) if sink is not None else []
+        payload = encode_traces(traces) if traces else b""
+        report = self._hooks.counter.take(len(traces), len(payload), sink.dropped if sink is not None else 0)
+        return payload, msgspec.msgpack.encode(report)
+
+    def aurora_stage(self, number: int) -> None:
+        """Begin to prepare a published version beside serving; ask `aurora_staged` whether it is done."""
+        self._stager = _Stager(self._swap, number)
+
+    def aurora_staged(self) -> bool:
+        """Whether staging is done. Raises what it raised."""
+        assert self._stager is not None, "aurora_stage comes first"
+        return self._stager.done()
+
+    def aurora_commit(self) -> float:
+        """Exchange the live drafter for the staged one; seconds that the engine stood still."""
+        assert self._stager is not None, "aurora_stage comes first"
+        started = time.perf_counter()
+        self._swap.commit(self._stager.result())
+        self._stager = None
+        seconds = time.perf_counter() - started
+        self._hooks.counter.swapped(self._swap.version, seconds)
+        return seconds
+
+    def aurora_checksums(self) -> tuple[str, str]:
+        """(target, live drafter) checksums."""
+        return self._swap.target_checksum(), self._swap.drafter_checksum()
+
+
+class _Stager:
+    """Runs `DrafterSwap.stage` in a thread: packing a drafter takes longer than a decode step."""
+
+    def __init__(self, swap: DrafterSwap, number: int) -> None:
+        self._staged: Staged | None = None
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, args=(swap, number), name="aurora-stage", daemon=True)
+        self._thread.start()
+
+    def _run(self, swap: DrafterSwap, number: int) -> None:
+        try:
+            with torch.inference_mode():
+                self._staged = swap.stage(number)
+        except Exception as error:  # re-raised to the caller of done()
+            self._error = error
+
+    def done(self) -> bool:
+        if self._error is not None:
+            raise self._error
+        return self._staged is not None
+
+    def result(self) -> Staged:
+        self._thread.join()
+        if not self.done() or self._staged is None:
+            raise RuntimeError("staging has not finished")
+        return self._staged
+
+
+class RunnerHooks:
+    """Wraps four methods of one model runner: capture after sampling, skip or run the drafter, notes for the scheduler."""
+
+    def __init__(self, runner: Any, capture: Capture, swap: DrafterSwap) -> None:
+        self.runner = runner
+        self.capture = capture
+        self.swap = swap
+        self.counter = StepCounter(swap.version)
+        self._state: Any = None
+        self._drafted = False
+        self._draft_version = swap.version
+        self._original = {name: getattr(runner, name) for name in _RUNNER_SEAMS}
+
+    def install(self) -> None:
+        self.runner.sample_tokens = self._sample_tokens
+        self.runner._sample = self._sample
+        self.runner.propose_draft_token_ids = self._propose
+        self.runner.take_draft_token_ids = self._take_drafts
+
+    def _sample_tokens(self, grammar_output: Any) -> Any:
+        self._state, self._drafted = self.runner.execute_model_state, False
+        try:
+            return self._original["sample_tokens"](grammar_output)
+        finally:
+            self._state = None
+
+    def _sample(self, logits: "Tensor", spec_decode_metadata: Any) -> Any:
+        result = self._original["_sample"](logits, spec_decode_metadata)
+        if self._state is not None:
+            # The drafts just judged were made before any swap since: they belong to `_draft_version`.
+            self.capture.drafter_version = self._draft_version
+            facts = self.capture.record(self._state, result.sampled_token_ids)
+            notes: StepNotes | None = getattr(self._state.scheduler_output, NOTES, None)
+            self.counter.step(self._draft_version, facts, notes)
+        return result
+
+    def _propose(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        notes: StepNotes | None = getattr(scheduler_output, NOTES, None)
+        self._draft_version = self.swap.version
+        if notes is not None and notes.skip_drafter:
+            self.runner._draft_probs = None
+            return torch.empty(self.runner.input_batch.num_reqs, 0, dtype=torch.int64, device=self.runner.device)
+        self._drafted = True
+        return self._original["propose_draft_token_ids"](scheduler_output, *args, **kwargs)
+
+    def _take_drafts(self) -> Any:
+        drafts = self._original["take_draft_token_ids"]()
+        if drafts is not None:
+            setattr(drafts, NOTES, DraftNotes(self._draft_version, self.swap.gated_rates, self._drafted))
+        return drafts

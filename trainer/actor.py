@@ -1,0 +1,83 @@
+"""The Trainer actor: `TrainerLoop` in a process of its own, at low priority.
+
+`ingest` and `status` are answered while a step computes. If training fails the process ends, so that Ray starts it anew
+and it resumes from its checkpoint: a trainer that answers but no longer learns never exists.
+"""
+
+import logging
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+
+from aurora.config import AuroraConfig
+from trainer.loop import Sinks, TrainerLoop
+
+log = logging.getLogger(__name__)
+
+_STOP_TIMEOUT_S = 60
+
+
+class Trainer:
+    """The actor's class. `reporter` is an actor handle with `learning` and `version`, or None; it may die."""
+
+    def __init__(self, config: AuroraConfig, target_dir: str, reporter: Any = None) -> None:
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s trainer %(levelname)s %(message)s")
+        os.nice(config.trainer.nice)
+        torch.set_num_threads(config.trainer.threads)
+        device = "cuda" if config.trainer.num_gpus > 0 else "cpu"
+        self._loop = TrainerLoop(config, Path(target_dir), _sinks(reporter), device=device)
+        self._thread = threading.Thread(target=self._train, name="training", daemon=True)
+        self._thread.start()
+
+    def _train(self) -> None:
+        try:
+            self._loop.run()
+        except BaseException:
+            log.exception("training failed; the process ends and Ray restarts it from the checkpoint")
+            logging.shutdown()
+            os._exit(1)
+
+    def ingest(self, payload: bytes) -> int:
+        """Take the traces of one payload (`aurora.trace.encode_traces`); returns their number."""
+        return self._loop.ingest(payload)
+
+    def status(self) -> dict[str, Any]:
+        """Where training stands (`TrainerLoop.status`)."""
+        return {**self._loop.status(), "pid": os.getpid()}
+
+    def stop(self) -> None:
+        """End training with a checkpoint."""
+        self._loop.stop()
+        self._thread.join(_STOP_TIMEOUT_S)
+
+
+def _sinks(reporter: Any) -> Sinks:
+    """Fire and forget: a dead reporter loses metrics and nothing else."""
+    if reporter is None:
+        return Sinks()
+    return Sinks(
+        learning=lambda metrics, step: _tell(reporter.learning, metrics, step),
+        version=lambda metadata, number: _tell(reporter.version, metadata, number),
+    )
+
+
+def _tell(method: Any, values: dict[str, Any], number: int) -> None:
+    try:
+        method.remote(values, number)
+    except ray.exceptions.RayError as error:
+        log.debug("reporter is gone: %s", error)
+
+
+def make_trainer_actor(config: AuroraConfig, target_dir: Path, reporter: Any = None) -> Any:
+    """Create the actor; returns its handle at once. Ray restarts it without limit."""
+    actor = ray.remote(Trainer).options(
+        num_cpus=config.trainer.threads,
+        num_gpus=config.trainer.num_gpus,
+        max_restarts=-1,
+        max_concurrency=8,
+    )
+    return actor.remote(config, str(target_dir), reporter)

@@ -1,0 +1,132 @@
+"""The optimiser step: distil the target into the drafter along rollouts."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from aurora.config import TrainerConfig
+from drafters.eagle3 import Eagle3
+from drafters.rollout import run_rollouts
+from drafters.target import TargetWeights
+from drafters.vocab import move_rows, to_mask, to_offsets
+from trainer.losses import Loss, forward_kl, target_probabilities
+from trainer.rollout import Batch, Labels
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """What one optimiser step saw."""
+
+    step: int
+    loss: float
+    loss_per_depth: tuple[float, ...]  # weighted mean over the nodes of each depth, nats
+    acceptance_per_depth: tuple[float, ...]  # share of rollouts whose greedy drafts are right up to that depth
+    grad_norm: float  # before clipping
+    learning_rate: float
+    rows: int  # rollout starts
+    rejected_rows: int  # nodes on rejected paths
+    seconds: float
+
+    @property
+    def acceptance_length(self) -> float:
+        """Expected emitted tokens a verification on the training batch, greedy."""
+        return 1.0 + sum(self.acceptance_per_depth)
+
+
+class Learner:
+    """A drafter in training: parameters, Adam moments (Kingma & Ba 2015; AdamW) and the step counter."""
+
+    def __init__(self, model: Eagle3, target: TargetWeights, config: TrainerConfig, loss: Loss = forward_kl) -> None:
+        self.model = model
+        self.target = target
+        self.config = config
+        self.loss = loss
+        self.steps = 0
+        self.tokens = 0  # rollout starts trained on, passes counted
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+        )
+        self._draft_head = target.lm_head[model.draft_ids]  # [D, H], the frozen judge
+
+    def step(self, batch: Batch) -> StepMetrics:
+        """Roll out, measure the loss at every depth, go one step down its gradient."""
+        began = time.perf_counter()
+        rate = self._warm_up()
+        losses, accepted = zip(*self._roll(batch), strict=True)
+        loss = _decayed(losses, self.config.depth_decay)
+        self.optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+        self.optimizer.step()
+        self.steps += 1
+        self.tokens += batch.rows
+        return StepMetrics(
+            step=self.steps,
+            loss=loss.item(),
+            loss_per_depth=tuple(value.item() for value in losses),
+            acceptance_per_depth=accepted,
+            grad_norm=grad_norm.item(),
+            learning_rate=rate,
+            rows=batch.rows,
+            rejected_rows=sum(int(label.rejected.sum()) for label in batch.labels),
+            seconds=time.perf_counter() - began,
+        )
+
+    def _warm_up(self) -> float:
+        """Set this step's learning rate: linear over the first steps, then constant."""
+        rate = self.config.learning_rate * min(1.0, (self.steps + 1) / self.config.warmup_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        return rate
+
+    def _roll(self, batch: Batch) -> Iterator[tuple[Tensor, float]]:
+        """(loss, share of rollouts accepted so far) of each depth in turn."""
+        p = target_probabilities(batch.target_hidden.to(torch.float32), self._draft_head)  # [R, D]
+        right = torch.ones(0)
+        states = run_rollouts(self.model, batch.context, batch.nodes)
+        for nodes, label, state in zip(batch.nodes, batch.labels, states, strict=True):
+            logits = self.model.logits(state)
+            right, share = accepted_share(self.model, logits.detach(), label, right, nodes.parent)
+            weight = torch.where(label.rejected, self.config.rejected_weight, 1.0)
+            yield (weight * self.loss(logits, p[label.target])).sum() / weight.sum(), share
+
+    def change_vocabulary(self, ids: Tensor) -> None:
+        """Let the drafter propose the target tokens `ids` [D]: kept tokens keep their learned rows and Adam moments."""
+        old, head = self.model.draft_ids, self.model.lm_head.weight
+        fresh = self.target.lm_head[ids]
+        with torch.no_grad():
+            head.copy_(move_rows(old, ids, head, fresh))
+            state = self.optimizer.state[head]
+            for name in ("exp_avg", "exp_avg_sq"):
+                if name in state:
+                    state[name].copy_(move_rows(old, ids, state[name], torch.zeros_like(fresh)))
+            self.model.d2t.copy_(to_offsets(ids))
+            self.model.t2d.copy_(to_mask(ids, len(self.model.t2d)))
+        self._draft_head = fresh
+
+    def reload(self) -> None:
+        """Follow a vocabulary that was written into the model from outside (a checkpoint)."""
+        self._draft_head = self.target.lm_head[self.model.draft_ids]
+
+
+def accepted_share(
+    model: Eagle3, logits: Tensor, label: Labels, before: Tensor, parent: Tensor
+) -> tuple[Tensor, float]:
+    """Which nodes [n] end a greedy draft that is right so far, and their share among those whose truth is known.
+
+    `before` holds the same of the previous depth ([0] at depth 0). Along a right draft the rollout reads the
+    drafter's own tokens, so this is what greedy drafting and greedy acceptance would give.
+    """
+    right = model.draft_ids[logits.argmax(-1)] == label.truth
+    if len(before):
+        right = right & before[parent]
+    known = label.truth >= 0
+    return right, float(right[known].float().mean()) if bool(known.any()) else 0.0
+
+
+def _decayed(losses: tuple[Tensor, ...], decay: float) -> Tensor:
+    """Sum over depths j of decay ** j times the depth's loss."""
+    return torch.stack([decay**depth * loss for depth, loss in enumerate(losses)]).sum()

@@ -1,0 +1,247 @@
+"""The training loop: what the trainer does next, one unit of work at a time.
+
+It consumes trace payloads (`ingest`, from any thread) and produces drafter versions. A unit is an optimiser step; or,
+when an interval has passed and there were steps since, the gate with publication, or a checkpoint. With nothing to
+train on it waits for a payload. `ingest` never waits for a unit: traces go to a bounded replay, the oldest leave first.
+"""
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from aurora.config import AuroraConfig
+from aurora.store import DrafterStore, DrafterVersion
+from aurora.trace import decode_traces
+from drafters import TargetWeights, ensure_drafter, load_drafter, save_drafter
+from drafters.vocab import rechoose
+from trainer.buffer import Replay
+from trainer.checkpoint import CheckpointRefused, load_checkpoint, save_checkpoint
+from trainer.gate import Verdict, judge
+from trainer.learner import Learner, StepMetrics
+from trainer.rollout import build_batch
+
+log = logging.getLogger(__name__)
+
+MAX_PASSES = 50  # over the rows received: beyond it training waits for fresh traffic instead of learning it by heart
+
+
+@dataclass(frozen=True)
+class Sinks:
+    """Where results go; both are called from the training thread and must return at once."""
+
+    learning: Callable[[dict[str, Any], int], None] = lambda _metrics, _step: None
+    version: Callable[[dict[str, Any], int], None] = lambda _metadata, _number: None
+
+
+class TrainerLoop:
+    """Everything that trains one drafter. One thread calls `run` (or `work`); any thread may call the rest."""
+
+    def __init__(
+        self,
+        config: AuroraConfig,
+        target_dir: Path,
+        sinks: Sinks | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        device: str = "cpu",
+    ) -> None:
+        """Resume from the checkpoint in `config.run_dir`, else from the newest version, else from the target.
+
+        Raises DrafterRefused or ValueError when what is there does not belong to the target.
+        """
+        self.config = config
+        self._settings = config.trainer
+        self._sinks = sinks or Sinks()
+        self._clock = clock
+        self._device = device
+        self._target = TargetWeights.load(target_dir, device)
+        self._store = DrafterStore(config.store_dir)
+        self.version = ensure_drafter(self._store, target_dir, config.speculation, self._settings.seed).number
+        self._live = load_drafter(self._store.read(self.version).path, self._target)
+        self._learner = Learner(
+            load_drafter(self._store.read(self.version).path, self._target), self._target, self._settings
+        )
+        sizes = self._live.config
+        self._replay = Replay(sizes.hidden_size, sizes.vocab_size, self._settings.replay_mib, self._settings.holdout)
+        self._resume()
+        self._changed = threading.Condition()  # guards the replay and the flags below
+        self._stopped = False
+        self._allowed = self._learner.tokens  # rows that may be trained on in all
+        self._gated_step = self._saved_step = self._learner.steps
+        self._gated_at = self._saved_at = clock()
+        self.last_step: StepMetrics | None = None
+        self.last_verdict: Verdict | None = None
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.config.run_dir / "trainer"
+
+    def _resume(self) -> None:
+        try:
+            counts = load_checkpoint(self._checkpoints, self._learner)
+        except CheckpointRefused as error:
+            log.warning("%s; training goes on from drafter version %d", error, self.version)
+            return
+        if counts is not None:
+            self._replay.emitted_counts += counts
+            log.info("resumed at step %d", self._learner.steps)
+
+    def ingest(self, payload: bytes) -> int:
+        """Take the traces of one payload; returns their number. Raises ValueError for a damaged payload."""
+        traces = decode_traces(payload)
+        with self._changed:
+            before = self._replay.received
+            for trace in traces:
+                self._replay.add(trace)
+            self._allowed += MAX_PASSES * (self._replay.received - before)
+            self._changed.notify_all()
+        return len(traces)
+
+    def stop(self) -> None:
+        """Let `run` return after the unit it is in."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
+    def run(self) -> None:
+        """Work until stopped, at no more than `duty` of the time; leaves a checkpoint behind."""
+        while self._wait_for_work():
+            began = self._clock()
+            self.work()
+            self._rest(self._clock() - began)
+        self.checkpoint()
+
+    def _wait_for_work(self) -> bool:
+        """Block until there is something to do; False when stopped. A gate falls due though no trace comes."""
+        with self._changed:
+            while not (self._stopped or self._can_train or self._due_publication):
+                self._changed.wait(self._until_publication())
+            return not self._stopped
+
+    def _until_publication(self) -> float | None:
+        """Seconds until a gate is due, None when there is nothing new to judge."""
+        if self._learner.steps == self._gated_step:
+            return None
+        return max(0.0, self._gated_at + self._settings.publish_interval_s - self._clock())
+
+    def _rest(self, worked_s: float) -> None:
+        """Stay idle for as long as `duty` asks after `worked_s` seconds of work."""
+        idle = worked_s * (1.0 / self._settings.duty - 1.0)
+        if idle > 0:
+            with self._changed:
+                self._changed.wait_for(lambda: self._stopped, timeout=idle)
+
+    def work(self) -> None:
+        """One unit: publish or checkpoint if due, else one optimiser step."""
+        if self._due_publication:
+            self.publish()
+        elif self._due_checkpoint:
+            self.checkpoint()
+        elif self._can_train:
+            self.train()
+
+    @property
+    def _can_train(self) -> bool:
+        return self._replay.ready and self._learner.tokens < self._allowed
+
+    @property
+    def _due_publication(self) -> bool:
+        interval = self._clock() - self._gated_at >= self._settings.publish_interval_s
+        return interval and self._learner.steps > self._gated_step
+
+    @property
+    def _due_checkpoint(self) -> bool:
+        interval = self._clock() - self._saved_at >= self._settings.checkpoint_interval_s
+        return interval and self._learner.steps > self._saved_step
+
+    def train(self) -> StepMetrics:
+        """One optimiser step on a batch from the replay."""
+        rng = random.Random(f"{self._settings.seed}:{self._learner.steps}")
+        with self._changed:
+            windows = self._replay.sample(self._settings.batch_rows, rng)
+            stats = self._replay.stats()
+        oldest = self.version - self._settings.max_staleness if self._settings.rejected_weight else None
+        batch = build_batch(windows, self._settings.ttt_steps, oldest_version=oldest, device=self._device)
+        metrics = self._learner.step(batch)
+        self.last_step = metrics
+        replay = {f"replay_{name}": value for name, value in asdict(stats).items()}
+        self._sinks.learning(
+            {**asdict(metrics), "acceptance_length": metrics.acceptance_length, **replay}, metrics.step
+        )
+        return metrics
+
+    def publish(self) -> DrafterVersion | None:
+        """Gate the drafter and publish it if it passes; None when it does not or nothing was held out yet."""
+        self._gated_at, self._gated_step = self._clock(), self._learner.steps
+        with self._changed:
+            sequences = self._replay.held_out(self._settings.gate_sequences)
+        if not sequences:
+            log.info("nothing was held out yet: no gate, no new version")
+            return None
+        self._adapt_vocabulary()
+        k_max = self.config.speculation.k_max
+        verdict = judge(self._learner.model, self._live, sequences, k_max, self._settings.gate_margin)
+        self.last_verdict = verdict
+        log.info("gate: %.3f against %.3f live", verdict.candidate.length, verdict.live.length)
+        return self._release(verdict) if verdict.passed else None
+
+    def _adapt_vocabulary(self) -> None:
+        """Choose the draft vocabulary anew if the traffic asks for it."""
+        with self._changed:
+            counts = self._replay.emitted_counts.clone()
+        model = self._learner.model
+        ids = rechoose(model.draft_ids.cpu(), counts, self._settings.revocab_gain, self._target.special_ids)
+        if ids is not None:
+            log.info("draft vocabulary: %d of %d tokens change", int((~model.t2d.cpu()[ids]).sum()), len(ids))
+            self._learner.change_vocabulary(ids.to(self._device))
+
+    def _release(self, verdict: Verdict) -> DrafterVersion:
+        metadata = self._metadata(verdict)
+        k_max = self.config.speculation.k_max
+        published = self._store.publish(
+            lambda directory: save_drafter(self._learner.model, directory, k_max, self._target), metadata
+        )
+        self._live.load_state_dict(self._learner.model.state_dict())
+        self.version = published.number
+        self._store.prune(self._settings.keep_versions)
+        self._sinks.version(metadata, published.number)
+        self.checkpoint()
+        return published
+
+    def _metadata(self, verdict: Verdict) -> dict[str, Any]:
+        """What a version says of itself."""
+        return {
+            "parent": self.version,
+            "trainer_step": self._learner.steps,
+            "tokens_trained": self._learner.tokens,
+            "acceptance_length": verdict.candidate.length,
+            "acceptance_per_position": list(verdict.candidate.per_position),
+            "parent_acceptance_length": verdict.live.length,
+            "gate_rows": verdict.candidate.rows,
+        }
+
+    def checkpoint(self) -> None:
+        """Write the trainer's state."""
+        with self._changed:
+            counts = self._replay.emitted_counts.clone()
+        save_checkpoint(self._checkpoints, self._learner, counts)
+        self._saved_at, self._saved_step = self._clock(), self._learner.steps
+
+    def status(self) -> dict[str, Any]:
+        """Where training stands, as plain values."""
+        with self._changed:
+            stats = asdict(self._replay.stats())
+        step, verdict = self.last_step, self.last_verdict
+        return {
+            "version": self.version,
+            "step": self._learner.steps,
+            "tokens_trained": self._learner.tokens,
+            "loss": step.loss if step else None,
+            "train_acceptance_length": step.acceptance_length if step else None,
+            "gate": asdict(verdict) if verdict else None,
+            "replay": stats,
+        }

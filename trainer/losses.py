@@ -1,0 +1,57 @@
+"""Distillation losses: pure, one value a row.
+
+Each takes the drafter's logits [n, D] and the target's probabilities p [n, D] over the draft vocabulary of D tokens,
+and returns [n]. q is the softmax of the logits. p is the target's distribution at temperature 1, restricted to the
+draft vocabulary and renormalised there (`target_probabilities`): tokens that the drafter cannot propose cost acceptance
+whatever it learns, and leaving them out saves the target's head over the full vocabulary, a third of a step's work.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def target_probabilities(hidden: Tensor, head: Tensor) -> Tensor:
+    """p [n, D] of the target's last hidden states [n, H] under the head rows [D, H] of the draft vocabulary."""
+    return (hidden @ head.T).softmax(-1)
+
+
+def forward_kl(logits: Tensor, p: Tensor) -> Tensor:
+    """KL(p || q): covers all that the target might say (Hinton et al. 2015)."""
+    return torch.xlogy(p, p).sum(-1) - (p * logits.log_softmax(-1)).sum(-1)
+
+
+def reverse_kl(logits: Tensor, p: Tensor) -> Tensor:
+    """KL(q || p): seeks the target's mode (Gu et al. 2024, MiniLLM)."""
+    log_q = logits.log_softmax(-1)
+    return (log_q.exp() * (log_q - _log(p))).sum(-1)
+
+
+def jensen_shannon(logits: Tensor, p: Tensor) -> Tensor:
+    """(KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2; between 0 and log 2 (Agarwal et al. 2024, GKD at 0.5)."""
+    q = logits.softmax(-1)
+    log_m = _log((p + q) / 2)
+    to_p = torch.xlogy(p, p) - p * log_m
+    to_q = q * (logits.log_softmax(-1) - log_m)
+    return (to_p + to_q).sum(-1) / 2
+
+
+def total_variation(logits: Tensor, p: Tensor) -> Tensor:
+    """1 - sum min(p, q): how often rejection sampling rejects a draft (Leviathan et al. 2023, theorem 3.5)."""
+    return 1.0 - torch.minimum(p, logits.softmax(-1)).sum(-1)
+
+
+def _log(p: Tensor) -> Tensor:
+    """Logarithm that stays finite where float32 has rounded a probability to 0."""
+    return p.clamp_min(torch.finfo(p.dtype).tiny).log()
+
+
+LOSSES: dict[str, Loss] = {
+    "forward_kl": forward_kl,
+    "reverse_kl": reverse_kl,
+    "jensen_shannon": jensen_shannon,
+    "total_variation": total_variation,
+}

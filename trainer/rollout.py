@@ -1,0 +1,168 @@
+"""Batches of rollouts: which rows of which sequences are drafted from, and what judges each draft.
+
+Main rollouts follow the tokens that the target emitted. Where it rejected a draft, the rejected path forks off the main
+rollout at the first wrong token: up to there both read the same tokens, so only the depths beyond it are added. Both
+are nodes of one tree (`drafters.rollout`) and go through one forward pass.
+"""
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from drafters.rollout import Context, Nodes
+from trainer.sequence import Branch, Sequence
+
+MAX_CONTEXT = 1024  # rows before a window's first start that drafting attends to: bounds a step's cost on long requests
+_UNKNOWN = -1
+
+
+@dataclass(frozen=True, eq=False)
+class Labels:
+    """What is known of the n nodes at one depth."""
+
+    target: Tensor  # [n] int64: row of `Batch.target_hidden` that judges the node's prediction
+    truth: Tensor  # [n] int64: the token that the target emitted there; -1 when not known or on a rejected path
+    rejected: Tensor  # [n] bool: on a rejected path
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Rollouts of several sequences, packed."""
+
+    context: Context
+    nodes: list[Nodes]  # one entry a depth
+    labels: list[Labels]
+    target_hidden: Tensor  # [R, H] bf16
+
+    @property
+    def rows(self) -> int:
+        """Rollout starts."""
+        return len(self.nodes[0].parent)
+
+
+@dataclass(eq=False)
+class _Depth:
+    """The nodes of one sequence at one depth while they are collected; indices are local to the sequence."""
+
+    parent: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    target: list[int] = field(default_factory=list)
+    truth: list[int] = field(default_factory=list)
+    rejected: list[bool] = field(default_factory=list)
+
+    def add(self, parent: int, token: int, target: int, truth: int, rejected: bool) -> int:
+        """Append a node and return its index."""
+        self.parent.append(parent)
+        self.tokens.append(token)
+        self.target.append(target)
+        self.truth.append(truth)
+        self.rejected.append(rejected)
+        return len(self.parent) - 1
+
+
+@dataclass(eq=False)
+class _Part:
+    """One sequence's share of a batch: context rows `first` .. `end - 1`; targets from `first` on, then branches'."""
+
+    sequence: Sequence
+    first: int
+    end: int
+    depths: list[_Depth]
+    hidden: list[Tensor]  # [*, H]: target states, in the order that `_Depth.target` counts
+
+
+def build_batch(
+    windows: Seq[tuple[Sequence, Seq[int]]], depths: int, *, oldest_version: int | None = None, device: str = "cpu"
+) -> Batch:
+    """Pack rollouts of `depths` depths from the given start rows (ascending) of each sequence.
+
+    Rejected paths drawn by a drafter older than `oldest_version` are left out, and all of them when it is None.
+    """
+    parts = [_part(sequence, starts, depths, oldest_version) for sequence, starts in windows if len(starts)]
+    row_bounds = _offsets([p.end - p.first for p in parts])
+    target_bounds = _offsets([sum(map(len, p.hidden)) for p in parts])
+    nodes, labels = [], []
+    parent_bounds = row_bounds
+    for depth in range(depths):
+        levels = [p.depths[depth] for p in parts]
+        bounds = _offsets([len(level.parent) for level in levels])
+        if bounds[-1] == 0:
+            break
+        parent = _shifted([level.parent for level in levels], parent_bounds, device)
+        nodes.append(Nodes(parent, _joined([level.tokens for level in levels], device), bounds))
+        target = _shifted([level.target for level in levels], target_bounds, device)
+        rejected = _joined([level.rejected for level in levels], device).bool()
+        labels.append(Labels(target, _joined([level.truth for level in levels], device), rejected))
+        parent_bounds = bounds
+    return Batch(
+        _context(parts, row_bounds, device), nodes, labels, torch.cat([h for p in parts for h in p.hidden]).to(device)
+    )
+
+
+def _part(sequence: Sequence, starts: Seq[int], depths: int, oldest_version: int | None) -> _Part:
+    first = max(0, starts[0] - MAX_CONTEXT)
+    end_target = min(starts[-1] + 1 + depths, len(sequence.hidden))
+    empty = [_Depth() for _ in range(depths)]
+    part = _Part(sequence, first, starts[-1] + 1, empty, [sequence.hidden[first:end_target]])
+    node_of = [_main_nodes(part, starts, depth) for depth in range(depths)]
+    if oldest_version is not None:
+        for branch in sequence.branches:
+            # Tells whether the fork's main node is in this batch: its start is drafted from, its depth is reached.
+            fork = node_of[branch.accepted].get(branch.start) if branch.accepted < depths else None
+            if fork is not None and branch.version >= oldest_version:
+                _add_branch(part, branch, fork)
+    return part
+
+
+def _main_nodes(part: _Part, starts: Seq[int], depth: int) -> dict[int, int]:
+    """Add the main nodes of one depth; returns start row -> node. They come first, so parents keep their order."""
+    ids, rows = part.sequence.ids, len(part.sequence.hidden)
+    node_of: dict[int, int] = {}
+    for order, start in enumerate(starts):
+        judge = start + 1 + depth
+        if judge >= rows:
+            break
+        parent = start - part.first if depth == 0 else order
+        truth = int(ids[judge + 1]) if judge + 1 < len(ids) else _UNKNOWN
+        node_of[start] = part.depths[depth].add(parent, int(ids[judge]), judge - part.first, truth, rejected=False)
+    return node_of
+
+
+def _add_branch(part: _Part, branch: Branch, fork: int) -> None:
+    """Add the depths of a rejected path behind the main node `fork` at depth `branch.accepted`."""
+    last = min(len(branch.path), len(part.depths) - 1)
+    judged = sum(map(len, part.hidden))
+    parent = fork
+    for depth in range(branch.accepted + 1, last + 1):
+        token = int(branch.path[depth - 1])
+        target = judged + depth - branch.accepted - 1
+        parent = part.depths[depth].add(parent, token, target, _UNKNOWN, rejected=True)
+    if last > branch.accepted:
+        part.hidden.append(branch.hidden[: last - branch.accepted])
+
+
+def _context(parts: list[_Part], bounds: tuple[int, ...], device: str) -> Context:
+    next_ids = np.concatenate([p.sequence.ids[p.first + 1 : p.end + 1] for p in parts])
+    positions = np.concatenate([np.arange(p.first, p.end) + p.sequence.position for p in parts])
+    return Context(
+        torch.from_numpy(next_ids).to(device),
+        torch.cat([p.sequence.aux[p.first : p.end] for p in parts]).to(device),
+        torch.from_numpy(positions).to(device),
+        bounds,
+    )
+
+
+def _offsets(lengths: list[int]) -> tuple[int, ...]:
+    return (0, *np.cumsum(lengths).tolist())
+
+
+def _joined(lists: Seq[Seq[int]], device: str) -> Tensor:
+    return torch.tensor([value for values in lists for value in values], dtype=torch.int64, device=device)
+
+
+def _shifted(lists: list[list[int]], bounds: tuple[int, ...], device: str) -> Tensor:
+    shifted = [[value + offset for value in values] for values, offset in zip(lists, bounds, strict=False)]
+    return _joined(shifted, device)
