@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 
-_SHARED_MEMORY = 400.0  # observations of one position after which older ones have faded to 1/e
+_SHARED_MEMORY = 200.0  # observations of one position after which older ones have faded to 1/e
 _REQUEST_MEMORY = 24.0
 _SHARED_PRIOR = 4.0  # pseudo-observations behind the prior below
 _REQUEST_PRIOR = 12.0  # pseudo-observations with which a request starts at the shared rates
@@ -107,7 +107,8 @@ class AcceptanceModel:
 
 def _shrunk(rates: PositionRates, prior: Floats, weight: float) -> Floats:
     """Posterior mean of each position's rate under a Beta prior of that mean and weight."""
-    return (rates.hits + weight * prior) / (rates.trials + weight)
+    posterior: Floats = np.add(rates.hits, weight * prior) / np.add(rates.trials, weight)
+    return posterior
 
 
 def _chained(rates: PositionRates, first: float, weight: float) -> Floats:

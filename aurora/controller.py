@@ -1,9 +1,9 @@
 """The speculation controller: each request's draft length for the next step, and whether the drafter runs at all.
 
-It owns no clock and no engine: `plan` is asked before a step, `observe_*` told after it. A drafter that skips a step keeps
-a hole in its KV cache, so a request is *warm* only while the drafter has read all of it; cold requests get no drafts for
-the rest of their life. When no speculation is the best choice the drafter is skipped, except for *explorers*: requests kept
-warm and drafted for within a budget, so that k = 0 never becomes a trap.
+It owns no clock and no engine: `plan` is asked before a step, `observe_*` told after it. A drafter that skips a step
+keeps a hole in its KV cache, so a request is *warm* only while the drafter has read all of it; cold requests get no
+drafts for the rest of their life. When no speculation is the best choice the drafter is skipped, except for
+*explorers*: requests kept warm and drafted for within a budget, so that k = 0 never becomes a trap.
 """
 
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from aurora.acceptance import AcceptanceModel
-from aurora.goodput import Choice, StepTimeModel, StepWork, choose_lengths, evaluate, with_drafts
+from aurora.goodput import Choice, StepTimeModel, StepWork, choose_lengths, evaluate
 
 _FIRST_CREDIT_S = 3.0  # seconds of exploration granted at start and at each new drafter version
 _SKIP_MARGIN = 1.02  # no speculation must win by this much before requests are let go cold
@@ -112,19 +112,19 @@ class SpeculationController:
             return Plan(dict(zip(ids, choice.lengths, strict=True)), False, choice.emitted)
         explorers = [v for v in batch if v.request_id in self._explorers and v.request_id not in self._cold]
         if explorers and self._credit_s > 0:
-            return self._explore(explorers, drafting)
+            return self._explore(explorers, drafting, choice)
         skip = bool(batch) and not self._close_call(drafting, limits, choice)
         return Plan(dict.fromkeys(ids, 0), skip, choice.emitted)
 
-    def _explore(self, explorers: list[RequestView], drafting: list[RequestView]) -> Plan:
-        """One draft for each warm explorer; what it costs over the plain step is taken from the credit."""
+    def _explore(self, explorers: list[RequestView], drafting: list[RequestView], plain: Choice) -> Plan:
+        """One draft for each warm explorer; the time it is expected to lose is taken from the credit."""
         chosen = {v.request_id for v in explorers}
         ids = [v.request_id for v in drafting]
         lengths = np.array([min(1, v.limit) if v.request_id in chosen else 0 for v in drafting], dtype=np.int64)
         base = _plain_step(drafting)
-        cost = self.step_time.predict(with_drafts(base, int(lengths.sum()), 1)) - self.step_time.predict(base)
-        self._credit_s -= cost
         tried = evaluate(lengths, self.acceptance.gains(ids), base, self.step_time)
+        if drafting:
+            self._credit_s -= max(0.0, tried.seconds - tried.emitted / plain.goodput)
         return Plan(dict(zip(ids, tried.lengths, strict=True)), False, tried.emitted)
 
     def _close_call(self, drafting: list[RequestView], limits: npt.NDArray[np.int64], plain: Choice) -> bool:

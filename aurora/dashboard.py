@@ -2,7 +2,8 @@
 
 Rows go to three groups, each with its own axis: `serving/*` over `time_s` (seconds since the epoch), `learning/*` over
 `trainer_step`, `versions/*` over `drafter_version`. A deployment that could never log fails at start-up; a run that
-breaks later costs rows, which are counted.
+breaks later costs rows, which are counted. W&B's service writes to disk about every 15 s (0.31), so a reporter that is
+killed loses that much; it comes back with a run of its own in the same W&B group.
 """
 
 import logging
@@ -41,6 +42,7 @@ class Reporter:
     def __init__(self, config: AuroraConfig, run: Run | None = None) -> None:
         """Opens a W&B run unless `run` is given. Raises UserError if W&B cannot be used as configured."""
         self.dropped = 0  # rows that W&B did not take
+        self._opened = run is None
         self._run = open_run(config) if run is None else run
         self._total = EngineReport()
         self._last_s: float | None = None
@@ -68,9 +70,11 @@ class Reporter:
         return self.dropped
 
     def finish(self) -> None:
-        """Close the run; call it last."""
+        """Close the run and wait until its file is whole; call it last, it ends W&B in this process."""
         try:
             self._run.finish()
+            if self._opened:
+                _wait_for_file()
         except Exception as error:  # noqa: BLE001 - see _log
             self._drop(error)
 
@@ -161,7 +165,7 @@ def check(config: AuroraConfig) -> None:
     if config.reporter.mode == "online":
         import wandb
 
-        host = urlsplit(str(wandb.Settings().base_url)).hostname or ""
+        host = urlsplit(str(wandb.setup().settings.base_url)).hostname or ""
         if not _has_key(host):
             raise UserError(
                 f"--wandb online: no API key for {host}; run `wandb login`, set WANDB_API_KEY or go offline"
@@ -197,6 +201,13 @@ def open_run(config: AuroraConfig) -> Run:
         reason = " ".join(str(error).split())
         raise UserError(f"--wandb {config.reporter.mode}: {reason}; check key and network or go offline") from error
     return run
+
+
+def _wait_for_file() -> None:
+    """`Run.finish` returns before W&B's service process has closed the run's file; `teardown` waits for it."""
+    import wandb
+
+    wandb.teardown()
 
 
 def _quiet_settings() -> Any:

@@ -1,8 +1,9 @@
 """Which speculation length gives the batch the most tokens a second?
 
-Goodput (SmartSpec, arXiv 2406.14066) = expected emitted tokens of the batch / time of the step that emits them. The step
-time is linear in what the step computes, so for each draft length cap the best lengths are a prefix of all requests'
-draft positions in order of gain: a request's gains never rise with the position, hence the prefix is feasible and exact.
+Goodput (SmartSpec, arXiv 2406.14066) = expected emitted tokens of the batch / time of the step that emits them. The
+step time is linear in what the step computes, so for each draft length cap the best lengths are a prefix of all
+requests' draft positions in order of gain: a request's gains never rise with the position, hence the prefix is
+feasible and exact.
 """
 
 from dataclasses import dataclass, field

@@ -1,13 +1,15 @@
-"""`aurora serve`: joins or starts a Ray cluster, creates the actors and keeps the server running until it is told to stop.
+"""`aurora serve`: joins or starts a Ray cluster, creates the actors and keeps the server running until it is told to
+stop.
 
-The Server, Trainer and Reporter actors restart by themselves; this process only starts the server's work again after it
-died, and passes SIGINT and SIGTERM on.
+The Server, Trainer and Reporter actors restart by themselves; this process only starts the server's work again after
+it died, and passes SIGINT and SIGTERM on.
 """
 
 import logging
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,6 +20,8 @@ from aurora.environment import engine_environment
 
 log = logging.getLogger(__name__)
 
+_MAX_FAILED_STARTS = 3
+_RESTART_PAUSE_S = 2.0
 _ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -49,7 +53,7 @@ class Deployment:
             model_dir,
             self.trainer,
             self.reporter,
-            environment=_server_environment(config),
+            environment=_server_environment(),
             resources=_role("serve"),
         )
 
@@ -70,11 +74,12 @@ def _supervise(deployment: Deployment) -> int:
     """Run the server; when its process died, run the restarted one. Ends with exit code 0 after a stop signal."""
     import ray
 
-    stopping = _on_signal(lambda: deployment.server.stop.remote())
+    stopping = _on_signal(deployment.server.stop.remote)
+    failures = 0  # in a row, without ever becoming ready
     while True:
         running = deployment.server.run.remote()
         try:
-            _announce(deployment, running)
+            failures = 0 if _announce(deployment, running) else failures + 1
             ray.get(running)
             return 0
         except ray.exceptions.RayTaskError as error:
@@ -85,24 +90,39 @@ def _supervise(deployment: Deployment) -> int:
         except ray.exceptions.RayActorError:
             if stopping:
                 return 0
+            if failures >= _MAX_FAILED_STARTS:
+                raise UserError(f"the server died {failures} times before it was ready; see {_ray_logs()}") from None
             log.warning("the server process died; it restarts with the newest published drafter")
+            time.sleep(_RESTART_PAUSE_S)
 
 
-def _announce(deployment: Deployment, running: Any) -> None:
-    """Say where the endpoint is, once it answers; returns early when the server ends before that."""
+def _announce(deployment: Deployment, running: Any) -> bool:
+    """Say where the endpoint is, once it answers; False when the server ended before that."""
     import ray
 
     address = deployment.server.address.remote()
     ready, _ = ray.wait([address, running], num_returns=1, timeout=deployment.config.server.start_timeout_s)
     if not ready:
         raise UserError(
-            f"the server did not start within {deployment.config.server.start_timeout_s:.0f} s; see the log of Ray, or raise "
-            "server.start_timeout_s"
+            f"the server did not start within {deployment.config.server.start_timeout_s:.0f} s; "
+            f"see {_ray_logs()}, or raise server.start_timeout_s"
         )
     if running in ready:
-        return
-    host, port = ray.get(address)
+        return False
+    try:
+        host, port = ray.get(address)
+    except ray.exceptions.RayActorError:
+        return False
     print(f"aurora: {deployment.config.model} answers at http://{host}:{port}/v1", flush=True)
+    return True
+
+
+def _ray_logs() -> str:
+    """Where Ray keeps what the actors wrote."""
+    import ray
+
+    node = ray._private.worker._global_node
+    return f"{node.get_logs_dir_path()}/worker-*.err" if node is not None else "Ray's logs"
 
 
 def _on_signal(action: Any) -> list[int]:
@@ -145,7 +165,7 @@ def _role(name: str) -> dict[str, float]:
     return {name: 1.0} if name in ray.cluster_resources() else {}
 
 
-def _server_environment(config: AuroraConfig) -> dict[str, str]:
+def _server_environment() -> dict[str, str]:
     environment = engine_environment()
     key = os.environ.get("AURORA_API_KEY")
     return {**environment, **({"AURORA_API_KEY": key} if key else {})}

@@ -43,8 +43,8 @@ def merge(earlier: EngineReport, later: EngineReport) -> EngineReport:
     """
     merged = {f: _add(getattr(earlier, f), getattr(later, f)) for f in EngineReport.__struct_fields__}
     merged["drafter_version"] = later.drafter_version
-    merged["step_error"] = (later if later.steps else earlier).step_error
-    merged["swap_s"] = (later if later.swaps else earlier).swap_s
+    merged["step_error"] = (earlier if earlier.steps and not later.steps else later).step_error
+    merged["swap_s"] = (earlier if earlier.swaps and not later.swaps else later).swap_s
     merged["predicted_goodput"] = later.predicted_goodput or earlier.predicted_goodput
     return EngineReport(**merged)
 

@@ -63,8 +63,8 @@ class TargetWeights:
 
     @property
     def fingerprint(self) -> str:
-        """Identity of the target, hex: SHA-256 of its final norm, which two trained models do not share."""
-        return hashlib.sha256(self.norm.cpu().numpy().tobytes()).hexdigest()
+        """Identity of the target, hex: SHA-256 of its final norm and its first embeddings."""
+        return hashlib.sha256(torch.cat([self.norm[None], self.embed_tokens[:64]]).cpu().numpy().tobytes()).hexdigest()
 
 
 def _read(model_dir: Path, keys: set[str], device: str) -> dict[str, Tensor]:

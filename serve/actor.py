@@ -14,8 +14,10 @@ from aurora.config import AuroraConfig
 from aurora.store import DrafterStore
 from serve.engine import RunningEngine, install_seams, start_engine
 from serve.exporter import PrometheusExporter
-from serve.feedback import TraceForwarder, collect_forever, swap_forever
+from serve.feedback import Ingest, Report, TraceForwarder, TrainerUnavailable, collect_forever, swap_forever
 from serve.http import bind, read_api_keys, serve_http
+
+log = logging.getLogger(__name__)
 
 _ENGINE_CHECK_S = 1.0
 
@@ -68,12 +70,37 @@ class Server:
             return []
         await install_seams(engine, self.config)
         exporter = PrometheusExporter(REGISTRY)
-        forwarder = TraceForwarder(self.trainer, exporter)
-        collect = collect_forever(engine, self.config, forwarder, exporter, self.reporter)
+        forwarder = TraceForwarder(_ingest_into(self.trainer) if self.trainer is not None else None, exporter)
+        report_to = _report_to(self.reporter) if self.reporter is not None else None
+        collect = collect_forever(engine, self.config, forwarder, exporter, report_to)
         loops = [collect]
         if self.config.learning:
             loops.append(swap_forever(engine, DrafterStore(self.config.store_dir), exporter))
         return [asyncio.create_task(_or_exit(loop)) for loop in loops]
+
+
+def _ingest_into(trainer: Any) -> Ingest:
+    """Hands payloads to the Trainer actor."""
+
+    async def ingest(payload: bytes) -> None:
+        try:
+            await trainer.ingest.remote(payload)
+        except ray.exceptions.RayError as error:
+            raise TrainerUnavailable(type(error).__name__) from error
+
+    return ingest
+
+
+def _report_to(reporter: Any) -> Report:
+    """Hands counters to the Reporter actor and does not wait; a dead one loses them and nothing else."""
+
+    def report(counters: dict[str, Any], time_s: float) -> None:
+        try:
+            reporter.serving.remote(counters, time_s)
+        except ray.exceptions.RayError as error:
+            log.debug("the reporter is gone: %s", error)
+
+    return report
 
 
 async def _or_exit(loop: Any) -> None:
@@ -83,20 +110,28 @@ async def _or_exit(loop: Any) -> None:
     except asyncio.CancelledError:
         raise
     except BaseException:
-        logging.getLogger(__name__).exception("a feedback loop failed; the server restarts")
+        log.exception("a feedback loop failed; the server restarts")
         os._exit(1)
 
 
 async def _watch(engine: RunningEngine) -> None:
     """End the process when the engine has died, so that Ray restarts it."""
-    while not engine.client.errored:
+    errored = False
+    while not errored:
         await asyncio.sleep(_ENGINE_CHECK_S)
-    logging.getLogger(__name__).error("the engine died at %.0f; the server restarts", time.time())
+        errored = engine.client.errored
+    log.error("the engine died at %.0f; the server restarts", time.time())
     os._exit(1)
 
 
 def make_server_actor(
-    config: AuroraConfig, model_dir: Path, trainer: Any, reporter: Any, *, environment: dict[str, str], resources: dict[str, float]
+    config: AuroraConfig,
+    model_dir: Path,
+    trainer: Any,
+    reporter: Any,
+    *,
+    environment: dict[str, str],
+    resources: dict[str, float],
 ) -> Any:
     """Create the actor; `environment` must hold what vLLM's CPU start-up needs before the process begins."""
     actor = ray.remote(Server).options(

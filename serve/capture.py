@@ -6,6 +6,7 @@ waits until the traces are collected. The sink drops its oldest traces when full
 
 import time
 from collections import deque
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -87,7 +88,9 @@ class Capture:
         keep = self._kept_rows(facts)
         if not keep:
             return
-        index = torch.cat([torch.arange(a, b) for _, a, b, _ in keep]) if len(keep) != len(facts) or _gaps(keep) else None
+        index = (
+            torch.cat([torch.arange(a, b) for _, a, b, _ in keep]) if len(keep) != len(facts) or _gaps(keep) else None
+        )
         aux = bf16_bits(_rows(torch.cat([a[:total] for a in state.aux_hidden_states], dim=-1), index))
         hidden = bf16_bits(_rows(state.hidden_states[:total], index))
         ids = self.runner.input_ids.cpu[:total].numpy().astype(np.int32)
@@ -132,7 +135,7 @@ class Capture:
         return keep
 
     def _draft_q(self, metadata: Any) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]] | None:
-        """Per request: q of each draft [k], the drafter's top-m ids and probabilities [k, m]; None for greedy drafts."""
+        """Per request: q of each draft [k], the drafter's top-m ids and q [k, m]; None for greedy drafts."""
         probs = self.runner._get_spec_decode_draft_probs(metadata) if metadata is not None else None
         if probs is None:
             return None
@@ -140,7 +143,10 @@ class Capture:
         q = probs.gather(1, metadata.draft_token_ids.long().unsqueeze(1)).squeeze(1).float().cpu().numpy()
         ids, values = top.indices.int().cpu().numpy(), top.values.float().cpu().numpy()
         ends = np.cumsum(metadata.num_draft_tokens)
-        return [(q[e - k : e], ids[e - k : e], values[e - k : e]) for e, k in zip(ends, metadata.num_draft_tokens)]
+        return [
+            (q[e - k : e], ids[e - k : e], values[e - k : e])
+            for e, k in zip(ends, metadata.num_draft_tokens, strict=True)
+        ]
 
 
 def _rows(tensor: "Tensor", index: "Tensor | None") -> "Tensor":
@@ -148,7 +154,7 @@ def _rows(tensor: "Tensor", index: "Tensor | None") -> "Tensor":
 
 
 def _gaps(keep: list[tuple[int, int, int, int]]) -> bool:
-    return any(a[2] != b[1] for a, b in zip(keep, keep[1:])) or keep[0][1] != 0
+    return any(a[2] != b[1] for a, b in pairwise(keep)) or keep[0][1] != 0
 
 
 def _top_k(value: int, vocab_size: int) -> int:

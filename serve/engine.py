@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from aurora.config import AuroraConfig, UserError
 from aurora.store import DrafterStore, DrafterVersion
 from drafters import ensure_drafter
+from serve.plugin import ENGINE_ENV
 
 _SCHEDULER = "serve.scheduler.AuroraScheduler"
 _WORKER_EXTENSION = "serve.worker.AuroraWorker"
@@ -25,7 +26,7 @@ class RunningEngine:
 
 
 def parse_vllm_args(model: str, flags: tuple[str, ...]) -> Namespace:
-    """vLLM's own `serve` arguments. Raises UserError naming the flag that vLLM does not know or the value it refuses."""
+    """vLLM's own `serve` arguments. Raises UserError naming the flag or the value that vLLM refuses."""
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -36,7 +37,7 @@ def parse_vllm_args(model: str, flags: tuple[str, ...]) -> Namespace:
 
     parser.error = refuse
     try:
-        args = parser.parse_args([model, *flags])
+        args: Namespace = parser.parse_args([model, *flags])
         args.model = model
         validate_parsed_serve_args(args)
     except (ValueError, TypeError) as error:
@@ -46,6 +47,7 @@ def parse_vllm_args(model: str, flags: tuple[str, ...]) -> Namespace:
 
 def start_engine(config: AuroraConfig, model_dir: Path) -> RunningEngine:
     """Start vLLM on a local model directory. Blocks for about a minute. Raises UserError for what a user can mend."""
+    os.environ[ENGINE_ENV] = str(os.getpid())
     args = parse_vllm_args(str(model_dir), config.vllm_args)
     args.served_model_name = args.served_model_name or [config.model]
     _set_defaults(args, config.vllm_args)
@@ -123,8 +125,8 @@ def _refuse_parallel(engine_config: Any) -> None:
     parallel = engine_config.parallel_config
     if engine_config.speculative_config is not None and parallel.world_size > 1:
         raise UserError(
-            f"--tensor-parallel-size x --pipeline-parallel-size = {parallel.world_size}: capture and swap work on one worker "
-            "so far; leave both at 1, or serve with --no-speculation"
+            f"--tensor-parallel-size x --pipeline-parallel-size = {parallel.world_size}: capture and swap work on "
+            "one worker so far; leave both at 1, or serve with --no-speculation"
         )
 
 
@@ -132,7 +134,7 @@ def _cause(error: Exception) -> str:
     """The root cause in one line; vLLM's engine process prints it on stderr and raises only 'see above' here."""
     text = str(error)
     if "root cause" in text.lower():
-        log = Path(os.readlink("/proc/self/fd/2")) if Path("/proc/self/fd/2").is_symlink() else None
+        log = Path("/proc/self/fd/2").readlink() if Path("/proc/self/fd/2").is_symlink() else None
         if log is not None and log.is_file():
             lines = log.read_text(errors="replace").splitlines()
             raised = [m[1] for m in (re.search(r"\b((?:\w+Error|torch\.\w+Error): .+)", line) for line in lines) if m]

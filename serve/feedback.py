@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
@@ -20,20 +21,28 @@ _INGEST_TIMEOUT_S = 30.0
 _TRAINER_PAUSE_S = 5.0
 
 
+class TrainerUnavailable(RuntimeError):
+    """The trainer is dead or restarting."""
+
+
+Ingest = Callable[[bytes], Awaitable[None]]  # hands one payload to the trainer; raises TrainerUnavailable
+Report = Callable[[dict[str, Any], float], None]  # hands counters and a wall-clock time to the reporter; never raises
+
+
 class TraceForwarder:
     """Sends encoded traces to the trainer, one payload at a time and in order.
 
     A trainer that is dead or slow costs traces, which are counted, never serving.
     """
 
-    def __init__(self, trainer: Any | None, exporter: PrometheusExporter) -> None:
-        self._trainer = trainer
+    def __init__(self, ingest: Ingest | None, exporter: PrometheusExporter) -> None:
+        self._ingest = ingest
         self._exporter = exporter
         self._task: asyncio.Task[None] | None = None
 
     def send(self, payload: bytes, traces: int) -> None:
         """Forward one payload of `traces`; never blocks. It is lost and counted if the last one is still on its way."""
-        if self._trainer is None or not payload:
+        if self._ingest is None or not payload:
             return
         if self._task is not None and not self._task.done():
             self._lost(traces)
@@ -41,16 +50,14 @@ class TraceForwarder:
         self._task = asyncio.create_task(self._forward(payload, traces))
 
     async def _forward(self, payload: bytes, traces: int) -> None:
-        import ray
-
-        assert self._trainer is not None
+        assert self._ingest is not None
         try:
-            await asyncio.wait_for(self._trainer.ingest.remote(payload), _INGEST_TIMEOUT_S)
+            await asyncio.wait_for(self._ingest(payload), _INGEST_TIMEOUT_S)
             self._exporter.set("aurora_trainer_alive", 1)
-        except (ray.exceptions.RayError, TimeoutError) as error:
+        except (TrainerUnavailable, TimeoutError) as error:
             self._lost(traces)
             self._exporter.set("aurora_trainer_alive", 0)
-            log.warning("trainer does not take traces (%s); serving goes on", type(error).__name__)
+            log.warning("trainer does not take traces (%s); serving goes on", error or "timeout")
             await asyncio.sleep(_TRAINER_PAUSE_S)
 
     def _lost(self, traces: int) -> None:
@@ -58,9 +65,13 @@ class TraceForwarder:
 
 
 async def collect_forever(
-    engine: RunningEngine, config: AuroraConfig, forwarder: TraceForwarder, exporter: PrometheusExporter, reporter: Any
+    engine: RunningEngine,
+    config: AuroraConfig,
+    forwarder: TraceForwarder,
+    exporter: PrometheusExporter,
+    report_to: Report | None,
 ) -> None:
-    """Every `capture.interval_s`: take traces and counters from the engine, forward both; report every reporter interval."""
+    """Every `capture.interval_s` take traces and counters from the engine and pass both on."""
     pending: EngineReport | None = None
     reported = time.monotonic()
     while True:
@@ -70,13 +81,15 @@ async def collect_forever(
         forwarder.send(payload, report.traces)
         exporter.update(report)
         pending = report if pending is None else merge(pending, report)
-        if reporter is not None and time.monotonic() - reported >= config.reporter.interval_s:
-            reporter.serving.remote(msgspec.to_builtins(pending), time.time())
+        if report_to is not None and time.monotonic() - reported >= config.reporter.interval_s:
+            report_to(msgspec.to_builtins(pending), time.time())
             pending, reported = None, time.monotonic()
 
 
-async def swap_forever(engine: RunningEngine, store: DrafterStore, exporter: PrometheusExporter, poll_s: float = 1.0) -> None:
-    """Bring every newly published drafter version into the engine. A refused version is counted and never tried again."""
+async def swap_forever(
+    engine: RunningEngine, store: DrafterStore, exporter: PrometheusExporter, poll_s: float = 1.0
+) -> None:
+    """Bring every newly published drafter version into the engine; a refused one is counted and not tried again."""
     assert engine.drafter is not None
     live = engine.drafter.number
     while True:
@@ -106,8 +119,7 @@ async def swap(engine: RunningEngine, number: int) -> float:
     try:
         ((before, _),) = await rpc("aurora_checksums")
         await rpc("aurora_stage", args=(number,))
-        while not all(await rpc("aurora_staged")):
-            await asyncio.sleep(_STAGE_POLL_S)
+        await _until_staged(engine)
         stalls: list[float] = await rpc("aurora_commit")
         ((after, _),) = await rpc("aurora_checksums")
     except DrafterRefused as error:
@@ -120,3 +132,10 @@ async def swap(engine: RunningEngine, number: int) -> float:
         raise RuntimeError(f"swap to drafter version {number} changed the target: checksum {before} became {after}")
     log.info("drafter version %d is live after a stall of %.4f s", number, max(stalls))
     return max(stalls)
+
+
+async def _until_staged(engine: RunningEngine) -> None:
+    done = False
+    while not done:
+        await asyncio.sleep(_STAGE_POLL_S)
+        done = all(await engine.client.collective_rpc("aurora_staged"))

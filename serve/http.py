@@ -27,7 +27,9 @@ def read_api_keys(file: Path | None, environment_key: str | None) -> list[str]:
         try:
             keys += [line.strip() for line in file.read_text().splitlines() if line.strip()]
         except OSError as error:
-            raise UserError(f"--api-key-file {file}: {error.strerror}; give a readable file with one key a line") from error
+            raise UserError(
+                f"--api-key-file {file}: {error.strerror}; give a readable file with one key a line"
+            ) from error
         if not keys:
             raise UserError(f"--api-key-file {file}: holds no key; put one key on each line")
     return keys

@@ -19,7 +19,9 @@ class StepCounter:
 
     def _reset(self) -> None:
         self._steps = self._request_steps = self._emitted = self._prefill = self._skipped = self._swaps = 0
-        self._busy_s = self._predicted_s = self._measured_s = self._step_error = self._predicted_tokens = self._swap_s = 0.0
+        self._busy_s = self._predicted_s = self._measured_s = self._step_error = self._predicted_tokens = (
+            self._swap_s
+        ) = 0.0
         self._k: Counter[int] = Counter()
         self._draft_steps: Counter[int] = Counter()
         self._drafted: Counter[int] = Counter()
@@ -68,7 +70,7 @@ class StepCounter:
             predicted_s=self._predicted_s,
             measured_s=self._measured_s,
             step_error=self._step_error,
-            predicted_tokens=self._predicted_tokens,
+            predicted_goodput=self._predicted_tokens / self._predicted_s if self._predicted_s else 0.0,
             traces=traces,
             trace_bytes=trace_bytes,
             traces_dropped=dropped - self._dropped_before,

@@ -1,7 +1,7 @@
 """Repair of sampling under speculation on CPU (vLLM 0.32).
 
-`rejection_sampler.expand_batch_to_tokens` launches `expand_kernel`, whose CPU version fills an int64 copy of the expanded
-temperature, top-k or top-p and drops it, so every sampled token under speculation is drawn from garbage. The
+`rejection_sampler.expand_batch_to_tokens` launches `expand_kernel`, whose CPU version fills an int64 copy of the
+expanded temperature, top-k or top-p and drops it, so every sampled token under speculation is drawn from garbage. The
 replacement expands with `repeat_interleave`. It is exact on every device and version, so it may stay installed when
 vLLM no longer needs it; `tests/integration/test_sampling.py` fails while it is needed and missing.
 """

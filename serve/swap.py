@@ -1,16 +1,16 @@
 """Exchanges the live drafter's weights between two engine steps: all or nothing, the target untouched.
 
-`stage` runs beside serving: it verifies the version, reads it, checks every key, shape, dtype and value, refuses storage
-shared with the target, and builds the new linear operators beside the live ones (on CPU each weight is packed into an
-operator and the parameter left empty). `commit` runs between two steps: it only exchanges operators and copies the
-few plain parameters in place, so CUDA graphs and in-flight requests stay valid. A failure in `commit` puts back what
-was there.
+`stage` runs beside serving: it verifies the version, reads it, checks every key, shape, dtype and value, refuses
+storage shared with the target, and builds the new linear operators beside the live ones (on CPU each weight is packed
+into an operator and the parameter left empty). `commit` runs between two steps: it only exchanges operators and
+copies the few plain parameters in place, so CUDA graphs and in-flight requests stay valid. A failure in `commit` puts
+back what was there.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import xxhash
@@ -28,7 +28,7 @@ class Staged:
 
     version: int
     gated_rates: list[float]
-    operators: dict[str, nn.Module]  # module name -> holder of the new packed operator
+    operators: dict[str, Any]  # module name -> new packed operator
     tensors: dict[str, Tensor]  # parameter name -> new value
 
 
@@ -41,7 +41,8 @@ class DrafterSwap:
         self.store = DrafterStore(store_root)
         self.version = version
         self.gated_rates: list[float] = []
-        self._modules = dict(drafter.named_modules())
+        self._vocabulary = int(cast("Any", drafter).config.vocab_size)
+        self._modules: dict[str, Any] = dict(drafter.named_modules())
         self._shapes = _loaded_shapes(drafter)
         self._foreign = {p.untyped_storage().data_ptr() for p in target.parameters() if p.numel()}
 
@@ -50,7 +51,7 @@ class DrafterSwap:
         record = self.store.verify(number)
         weights = self._merged(load_file(record.path / "model.safetensors"), record.path)
         self._check(weights, record.path)
-        operators: dict[str, nn.Module] = {}
+        operators: dict[str, Any] = {}
         tensors: dict[str, Tensor] = {}
         for name, value in weights.items():
             module_name = name.rpartition(".")[0]
@@ -66,8 +67,8 @@ class DrafterSwap:
         """Exchange live weights for `staged`. On any error the former weights are back before it is raised."""
         undo: list[Callable[[], None]] = []
         try:
-            for name, holder in staged.operators.items():
-                undo.append(_exchange(self._modules[name], holder.cpu_linear))
+            for name, operator in staged.operators.items():
+                undo.append(_exchange(self._modules[name], operator))
             for name, value in staged.tensors.items():
                 undo.append(_overwrite(self._parameter(name), value))
             self._verify(staged)
@@ -78,7 +79,7 @@ class DrafterSwap:
         self.version, self.gated_rates = staged.version, staged.gated_rates
 
     def target_checksum(self) -> str:
-        """XXH3 of everything the target computes with: plain parameters by their bytes, packed ones by what they answer."""
+        """XXH3 of what the target computes with: plain parameters by their bytes, packed ones by what they answer."""
         return _checksum(self.target)
 
     def drafter_checksum(self) -> str:
@@ -92,7 +93,9 @@ class DrafterSwap:
         renamed = {_live_name(name): value for name, value in raw.items() if name != "t2d"}
         merged: dict[str, Tensor] = {}
         for name in self._shapes:
-            parts = next(([name.replace(whole, p) for p in ps] for whole, ps in _STACKED.items() if whole in name), [name])
+            parts = next(
+                ([name.replace(whole, p) for p in ps] for whole, ps in _STACKED.items() if whole in name), [name]
+            )
             missing = [p for p in parts if p not in renamed]
             if missing:
                 raise DrafterRefused(f"{path}: key {missing[0]!r} is missing; publish a drafter of this architecture")
@@ -105,7 +108,9 @@ class DrafterSwap:
         for name, value in weights.items():
             live = self._parameter(name)
             if tuple(value.shape) != self._shapes[name]:
-                raise DrafterRefused(f"{path}: {name} has shape {tuple(value.shape)}, the engine runs {self._shapes[name]}")
+                raise DrafterRefused(
+                    f"{path}: {name} has shape {tuple(value.shape)}, the engine runs {self._shapes[name]}"
+                )
             if value.dtype.is_floating_point != live.dtype.is_floating_point:
                 raise DrafterRefused(f"{path}: {name} has dtype {value.dtype}, the engine runs {live.dtype}")
             if value.dtype.is_floating_point and not torch.isfinite(value).all():
@@ -119,12 +124,12 @@ class DrafterSwap:
         if offsets is None:
             return
         ids = torch.arange(len(offsets)) + offsets
-        if ids.min() < 0 or ids.max() >= self.drafter.config.vocab_size or len(ids.unique()) != len(ids):
+        if ids.min() < 0 or ids.max() >= self._vocabulary or len(ids.unique()) != len(ids):
             raise DrafterRefused(f"{path}: d2t maps outside the target's vocabulary or twice to one token")
 
     def _verify(self, staged: Staged) -> None:
-        for name, holder in staged.operators.items():
-            if self._modules[name].cpu_linear is not holder.cpu_linear:
+        for name, operator in staged.operators.items():
+            if self._modules[name].cpu_linear is not operator:
                 raise RuntimeError(f"swap to version {staged.version}: operator {name} is not the staged one")
         for name, value in staged.tensors.items():
             live = self._parameter(name)
@@ -147,22 +152,21 @@ def _loaded_shapes(drafter: nn.Module) -> dict[str, tuple[int, ...]]:
     for name, parameter in drafter.named_parameters():
         if "embed_tokens" in name:
             continue
-        module = drafter.get_submodule(name.rpartition(".")[0]) if "." in name else drafter
+        module: Any = drafter.get_submodule(name.rpartition(".")[0])
         packed = parameter.numel() == 0 and hasattr(module, "cpu_linear")
         shapes[name] = (int(module.output_size), int(module.input_size)) if packed else tuple(parameter.shape)
     return shapes
 
 
-def _packed(live: Any, weight: Tensor) -> nn.Module:
-    """A holder whose `cpu_linear` computes with `weight` as the live module's does with its own."""
+def _packed(live: Any, weight: Tensor) -> Any:
+    """The operator that computes with `weight` as the live module's `cpu_linear` does with its own."""
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
-    holder = nn.Module()
-    dtype = live.weight.dtype
-    holder.weight = nn.Parameter(weight.to(dtype).contiguous(), requires_grad=False)
+    holder: Any = nn.Module()
+    holder.weight = nn.Parameter(weight.to(live.weight.dtype).contiguous(), requires_grad=False)
     holder.bias = None
     dispatch_cpu_unquantized_gemm(holder, remove_weight=False)
-    return holder
+    return holder.cpu_linear
 
 
 def _exchange(module: Any, operator: Any) -> Callable[[], None]:
@@ -192,4 +196,4 @@ def _checksum(model: nn.Module) -> str:
 
 def _update(digest: "xxhash.xxh3_128", name: str, tensor: Tensor) -> None:
     digest.update(name.encode())
-    digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).reshape(-1).numpy())
+    digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).reshape(-1).numpy().data)

@@ -31,7 +31,7 @@ class AuroraWorker:
     model_runner: Any
 
     def aurora_install(self, settings: dict[str, Any]) -> dict[str, str]:
-        """Put the hooks in place; returns what was found. Raises RuntimeError if this runner does not have the seams.
+        """Put the hooks in place and return what was found. Raises RuntimeError if this runner lacks the seams.
 
         settings: sink_bytes (0: no capture), prompt_tokens, top_m, store_dir, version, gated_rates.
         """
@@ -39,8 +39,8 @@ class AuroraWorker:
         missing = [name for name in _RUNNER_SEAMS if not hasattr(runner, name)]
         if missing:
             raise RuntimeError(
-                f"model runner {type(runner).__name__} lacks {', '.join(missing)}: Aurora needs vLLM 0.32-0.33 with the V1 "
-                "runner; set VLLM_USE_V2_MODEL_RUNNER=0"
+                f"model runner {type(runner).__name__} lacks {', '.join(missing)}: Aurora needs vLLM 0.32-0.33 with "
+                "the V1 runner; set VLLM_USE_V2_MODEL_RUNNER=0"
             )
         sampling_shim.install()
         drafter = runner.drafter.model
@@ -48,12 +48,14 @@ class AuroraWorker:
         self._swap.gated_rates = settings["gated_rates"]
         self._stager: _Stager | None = None
         sink = TraceSink(settings["sink_bytes"]) if settings["sink_bytes"] else None
-        self._hooks = RunnerHooks(runner, Capture(runner, sink, settings["prompt_tokens"], settings["top_m"]), self._swap)
+        self._hooks = RunnerHooks(
+            runner, Capture(runner, sink, settings["prompt_tokens"], settings["top_m"]), self._swap
+        )
         self._hooks.install()
         return {"runner": type(runner).__name__, "drafter": type(drafter).__name__}
 
     def aurora_drain(self) -> tuple[bytes, bytes]:
-        """Traces since the last call (encoded, at most 64 MiB; the rest stays queued) and the `EngineReport` (msgpack)."""
+        """Traces since the last call (encoded, at most 64 MiB; the rest stays) and an `EngineReport` (msgpack)."""
         sink = self._hooks.capture.sink
         traces = sink.drain(_DRAIN_BYTES) if sink is not None else []
         payload = encode_traces(traces) if traces else b""
@@ -97,7 +99,7 @@ class _Stager:
         try:
             with torch.inference_mode():
                 self._staged = swap.stage(number)
-        except Exception as error:  # re-raised to the caller of done()
+        except Exception as error:  # noqa: BLE001 - handed to the caller, who raises it from `done`
             self._error = error
 
     def done(self) -> bool:
@@ -113,7 +115,7 @@ class _Stager:
 
 
 class RunnerHooks:
-    """Wraps four methods of one model runner: capture after sampling, skip or run the drafter, notes for the scheduler."""
+    """Wraps four methods of one model runner: capture after sampling, drafting or not, notes for the scheduler."""
 
     def __init__(self, runner: Any, capture: Capture, swap: DrafterSwap) -> None:
         self.runner = runner

@@ -126,7 +126,7 @@ def _trace(
 
 def half_right(truth: list[int], step: int) -> list[int]:
     """Three drafts, of which the first `step % 4` are right."""
-    return [t if i < step % 4 else (t + 1 + i) % VOCAB for i, t in enumerate((truth + [5, 6, 7])[:3])]
+    return [t if i < step % 4 else (t + 1 + i) % VOCAB for i, t in enumerate([*truth, 5, 6, 7][:3])]
 
 
 def prompts(count: int, length: int = 12, seed: int = 0) -> list[list[int]]:

@@ -72,11 +72,14 @@ def _tell(method: Any, values: dict[str, Any], number: int) -> None:
         log.debug("reporter is gone: %s", error)
 
 
-def make_trainer_actor(config: AuroraConfig, target_dir: Path, reporter: Any = None) -> Any:
+def make_trainer_actor(
+    config: AuroraConfig, target_dir: Path, reporter: Any = None, resources: dict[str, float] | None = None
+) -> Any:
     """Create the actor; returns its handle at once. Ray restarts it without limit."""
     actor = ray.remote(Trainer).options(
         num_cpus=config.trainer.threads,
         num_gpus=config.trainer.num_gpus,
+        resources=resources or {},
         max_restarts=-1,
         max_concurrency=8,
     )

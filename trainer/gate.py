@@ -26,6 +26,12 @@ class Acceptance:
     per_position: tuple[float, ...]  # share of drafts right up to that position; over the rows that know the token
     rows: int
 
+    @property
+    def conditional(self) -> tuple[float, ...]:
+        """Share of drafts right at each position among those right up to the one before it."""
+        before = (1.0, *self.per_position[:-1])
+        return tuple(p / b if b > 0 else 0.0 for p, b in zip(self.per_position, before, strict=True))
+
 
 @dataclass(frozen=True)
 class Verdict:

@@ -220,6 +220,7 @@ class TrainerLoop:
             "tokens_trained": self._learner.tokens,
             "acceptance_length": verdict.candidate.length,
             "acceptance_per_position": list(verdict.candidate.per_position),
+            "gated_rates": list(verdict.candidate.conditional),
             "parent_acceptance_length": verdict.live.length,
             "gate_rows": verdict.candidate.rows,
         }

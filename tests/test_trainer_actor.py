@@ -1,0 +1,104 @@
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aurora.store import DrafterStore
+from aurora.trace import DraftTrace, encode_traces
+from tests.tiny import TinyServer, half_right, prompts, tiny_config, write_target
+
+ray = pytest.importorskip("ray")
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_target(tmp_path_factory.mktemp("target"))
+
+
+@pytest.fixture(scope="module")
+def traffic(directory: Path) -> list[DraftTrace]:
+    server = TinyServer(directory)
+    return [t for i, p in enumerate(prompts(12)) for t in server.traces(f"r{i}", p, 10, half_right)]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    root = str(Path(__file__).resolve().parent.parent)
+    ray.init(
+        num_cpus=2,
+        num_gpus=0,
+        include_dashboard=False,
+        log_to_driver=False,
+        runtime_env={"env_vars": {"PYTHONPATH": root}},
+    )
+    yield
+    ray.shutdown()
+
+
+def wait_for(actor: Any, condition: Any, limit_s: float = 60) -> dict[str, Any]:
+    """The first status that fulfils `condition`; an actor that restarts meanwhile is asked again."""
+    end = time.monotonic() + limit_s
+    status: dict[str, Any] = {}
+    while time.monotonic() < end:
+        try:
+            status = ray.get(actor.status.remote(), timeout=limit_s)
+            if condition(status):
+                return status
+        except ray.exceptions.RayActorError:
+            pass
+        time.sleep(0.1)
+    raise AssertionError(f"not in {limit_s} s: {status}")
+
+
+def test_it_learns_publishes_and_survives_its_own_death(
+    cluster: None, directory: Path, traffic: list[DraftTrace], tmp_path: Path
+) -> None:
+    from trainer.actor import make_trainer_actor
+
+    config = tiny_config(tmp_path, publish_interval_s=0.2, checkpoint_interval_s=0.2, gate_margin=-1.0)
+    actor = make_trainer_actor(config, directory)
+    assert ray.get(actor.ingest.remote(encode_traces(traffic))) == len(traffic)
+    before = wait_for(actor, lambda s: s["version"] >= 2 and s["step"] >= 10)
+    os.kill(before["pid"], signal.SIGKILL)
+    after = wait_for(actor, lambda s: s["pid"] != before["pid"])
+    assert after["step"] > 0, "resumed from its checkpoint"
+    assert after["version"] >= before["version"]
+    ray.get(actor.ingest.remote(encode_traces(traffic)))
+    wait_for(actor, lambda s: s["step"] > after["step"])
+    store = DrafterStore(config.store_dir)
+    store.verify(store.versions()[-1])
+    with pytest.raises(ValueError, match="not a trace payload"):
+        ray.get(actor.ingest.remote(b"\xc1"))
+    ray.get(actor.stop.remote())
+    ray.kill(actor)
+
+
+def test_training_that_fails_ends_the_process_and_a_dead_reporter_does_not(
+    cluster: None, directory: Path, traffic: list[DraftTrace], tmp_path: Path
+) -> None:
+    from trainer.actor import make_trainer_actor
+
+    @ray.remote(num_cpus=0)
+    class Reporter:
+        def learning(self, metrics: dict[str, Any], step: int) -> None: ...
+
+        def version(self, metadata: dict[str, Any], number: int) -> None: ...
+
+    reporter = Reporter.remote()
+    config = tiny_config(tmp_path, checkpoint_interval_s=0.1, publish_interval_s=1000.0)
+    actor = make_trainer_actor(config, directory, reporter)
+    ray.get(actor.ingest.remote(encode_traces(traffic)))
+    wait_for(actor, lambda s: s["step"] >= 3)
+    ray.kill(reporter)
+    before = wait_for(actor, lambda s: s["step"] >= 3)
+    later = wait_for(actor, lambda s: s["step"] > before["step"] + 3)
+    assert later["pid"] == before["pid"], "the reporter's death is nothing to the trainer"
+    blocked = tmp_path / "trainer" / ".checkpoint.safetensors"
+    blocked.unlink(missing_ok=True)
+    blocked.mkdir()  # the next checkpoint cannot be written
+    wait_for(actor, lambda s: s["pid"] != before["pid"])
+    ray.kill(actor)

@@ -1,0 +1,145 @@
+import copy
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from aurora.config import TrainerConfig
+from drafters import Eagle3Config, TargetWeights, initialise
+from tests.tiny import DRAFT_VOCAB, HIDDEN, VOCAB, TinyServer, half_right, prompts, write_target
+from trainer.buffer import Replay
+from trainer.checkpoint import FILE, CheckpointRefused, load_checkpoint, save_checkpoint
+from trainer.learner import Learner, StepMetrics
+from trainer.rollout import Batch, build_batch
+
+SETTINGS = TrainerConfig(learning_rate=3e-3, warmup_steps=4, batch_rows=64)
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> TargetWeights:
+    return TargetWeights.load(write_target(tmp_path_factory.mktemp("target")))
+
+
+@pytest.fixture(scope="module")
+def replay(target: TargetWeights) -> Replay:
+    server, replay = TinyServer(Path(target.name)), Replay(HIDDEN, VOCAB, 64, 0.01)
+    for i, prompt in enumerate(prompts(8)):
+        for trace in server.traces(f"r{i}", prompt, 14, half_right):
+            replay.add(trace)
+    return replay
+
+
+@pytest.fixture
+def learner(target: TargetWeights) -> Learner:
+    return new_learner(target)
+
+
+def new_learner(target: TargetWeights, settings: TrainerConfig = SETTINGS) -> Learner:
+    config = Eagle3Config.for_target(target.config, DRAFT_VOCAB)
+    return Learner(initialise(target, config, seed=0), target, settings)
+
+
+def batch(replay: Replay, seed: int, rejected: bool = True) -> Batch:
+    windows = replay.sample(SETTINGS.batch_rows, random.Random(seed))
+    return build_batch(windows, SETTINGS.ttt_steps, oldest_version=0 if rejected else None)
+
+
+def values(metrics: StepMetrics) -> tuple:
+    return metrics.step, metrics.loss, metrics.loss_per_depth, metrics.acceptance_per_depth, metrics.grad_norm
+
+
+def test_the_loss_falls_and_acceptance_rises_at_every_depth(learner: Learner, replay: Replay) -> None:
+    first = learner.step(batch(replay, 0))
+    for seed in range(1, 60):
+        learner.step(batch(replay, seed))
+    last = learner.step(batch(replay, 0))
+    assert last.loss < 0.6 * first.loss
+    assert all(new < old for new, old in zip(last.loss_per_depth, first.loss_per_depth, strict=True))
+    assert last.acceptance_length > first.acceptance_length + 0.3
+    assert (last.rows, last.rejected_rows > 0, last.step, learner.tokens) == (64, True, 61, 61 * 64)
+
+
+def test_the_target_is_not_trained(learner: Learner, replay: Replay, target: TargetWeights) -> None:
+    before = [t.clone() for t in (target.embed_tokens, target.lm_head, target.norm)]
+    learner.step(batch(replay, 0))
+    assert all(
+        torch.equal(a, b) for a, b in zip(before, (target.embed_tokens, target.lm_head, target.norm), strict=True)
+    )
+
+
+def test_the_learning_rate_warms_up(learner: Learner, replay: Replay) -> None:
+    rates = [learner.step(batch(replay, 0)).learning_rate for _ in range(6)]
+    assert rates == pytest.approx([r * 3e-3 for r in (0.25, 0.5, 0.75, 1.0, 1.0, 1.0)])
+
+
+def test_rejected_rows_have_a_weight_of_their_own(replay: Replay, target: TargetWeights) -> None:
+    both = batch(replay, 0)
+    silent = new_learner(target, SETTINGS.model_copy(update={"rejected_weight": 0.0})).step(both)
+    without = new_learner(target).step(batch(replay, 0, rejected=False))
+    weighted = new_learner(target).step(both)
+    assert silent.loss == pytest.approx(without.loss, rel=1e-5)
+    assert silent.grad_norm == pytest.approx(without.grad_norm, rel=1e-4)
+    assert weighted.loss_per_depth[0] == pytest.approx(without.loss_per_depth[0], rel=1e-5), "depth 0 is never rejected"
+    assert weighted.loss_per_depth[1:] != without.loss_per_depth[1:]
+
+
+def test_a_new_vocabulary_keeps_rows_and_moments(learner: Learner, replay: Replay, target: TargetWeights) -> None:
+    for seed in range(3):
+        learner.step(batch(replay, seed))
+    old = learner.model.draft_ids
+    head, moments = learner.model.lm_head.weight, learner.optimizer.state[learner.model.lm_head.weight]
+    row, moment = head.detach().clone(), moments["exp_avg"].clone()
+    new = torch.arange(VOCAB - DRAFT_VOCAB, VOCAB)
+    learner.change_vocabulary(new)
+    assert torch.equal(learner.model.draft_ids, new)
+    assert learner.model.t2d.nonzero().flatten().tolist() == new.tolist()
+    kept, came = 100, int(new[~torch.isin(new, old)][0])
+    before, after = int((old == kept).nonzero()), int((new == kept).nonzero())
+    assert torch.equal(head[after], row[before])
+    assert torch.equal(moments["exp_avg"][after], moment[before])
+    assert torch.equal(head[int((new == came).nonzero())], target.lm_head[came])
+    assert not moments["exp_avg_sq"][int((new == came).nonzero())].any()
+    assert learner.step(batch(replay, 4)).loss > 0
+
+
+def test_resuming_gives_the_step_that_not_stopping_gives(replay: Replay, target: TargetWeights, tmp_path: Path) -> None:
+    going = new_learner(target)
+    for seed in range(3):
+        going.step(batch(replay, seed))
+    going.change_vocabulary(torch.arange(VOCAB - DRAFT_VOCAB, VOCAB))
+    save_checkpoint(tmp_path, going, replay.emitted_counts)
+    resumed = new_learner(target)
+    counts = load_checkpoint(tmp_path, resumed)
+    assert counts is not None
+    assert torch.equal(counts, replay.emitted_counts)
+    for seed in range(3, 6):
+        assert values(going.step(batch(replay, seed))) == values(resumed.step(batch(replay, seed)))
+    states = going.model.state_dict(), resumed.model.state_dict()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert going.tokens == resumed.tokens
+
+
+def test_no_checkpoint_is_no_error(learner: Learner, tmp_path: Path) -> None:
+    assert load_checkpoint(tmp_path, learner) is None
+
+
+def test_a_damaged_or_foreign_checkpoint_is_refused_and_changes_nothing(
+    learner: Learner, target: TargetWeights, tmp_path: Path
+) -> None:
+    path = save_checkpoint(tmp_path, learner, torch.zeros(VOCAB))
+    assert [p.name for p in tmp_path.iterdir()] == [FILE]
+    before = copy.deepcopy(learner.model.state_dict())
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointRefused, match="damaged"):
+        load_checkpoint(tmp_path, learner)
+    path.write_bytes(whole)
+    smaller = Eagle3Config.for_target(target.config, DRAFT_VOCAB - 1)
+    with pytest.raises(CheckpointRefused, match="d2t is of shape"):
+        load_checkpoint(tmp_path, Learner(initialise(target, smaller, 0), target, SETTINGS))
+    other = TargetWeights.load(write_target(tmp_path / "other", seed=9))
+    stranger = Learner(initialise(other, learner.model.config, 0), other, SETTINGS)
+    with pytest.raises(CheckpointRefused, match="another target"):
+        load_checkpoint(tmp_path, stranger)
+    assert all(torch.equal(before[name], t) for name, t in learner.model.state_dict().items())

@@ -1,0 +1,198 @@
+import json
+import logging
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from aurora.store import DrafterStore
+from aurora.trace import DraftTrace, encode_traces
+from drafters import TargetWeights, load_drafter
+from tests.tiny import TinyServer, half_right, prompts, tiny_config, write_target
+from trainer.checkpoint import FILE
+from trainer.loop import Sinks, TrainerLoop
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_target(tmp_path_factory.mktemp("target"))
+
+
+@pytest.fixture(scope="module")
+def traffic(directory: Path) -> list[DraftTrace]:
+    server = TinyServer(directory)
+    return [t for i, p in enumerate(prompts(14)) for t in server.traces(f"r{i}", p, 12, half_right, domain=f"d{i % 2}")]
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def make(directory: Path, run_dir: Path, clock: Clock, sinks: Sinks | None = None, **trainer: Any) -> TrainerLoop:
+    return TrainerLoop(tiny_config(run_dir, **trainer), directory, sinks, clock)
+
+
+def test_it_trains_gates_publishes_and_saves(directory: Path, traffic: list, tmp_path: Path, clock: Clock) -> None:
+    told: list[tuple[str, int]] = []
+    sinks = Sinks(
+        lambda m, step: told.append(("step" if json.dumps(m) else "", step)), lambda m, n: told.append(("v", n))
+    )
+    loop = make(directory, tmp_path, clock, sinks, publish_interval_s=10)
+    assert loop.ingest(encode_traces(traffic)) == len(traffic)
+    for _ in range(30):
+        loop.work()
+    assert loop.version == 1, "not due yet"
+    clock.now = 11
+    loop.work()
+    assert loop.version == 2
+    assert told[-1] == ("v", 2)
+    assert [step for kind, step in told if kind == "step"] == list(range(1, 31))
+    version = DrafterStore(loop.config.store_dir).verify(2)
+    assert version.metadata["parent"] == 1
+    assert version.metadata["trainer_step"] == 30
+    assert version.metadata["acceptance_length"] >= version.metadata["parent_acceptance_length"] >= 1.0
+    assert len(version.metadata["acceptance_per_position"]) == 3
+    published = load_drafter(version.path, TargetWeights.load(directory)).state_dict()
+    assert all(torch.equal(published[name], t) for name, t in loop._learner.model.state_dict().items())
+    assert (tmp_path / "trainer" / FILE).is_file()
+    clock.now = 22
+    loop.work()
+    assert (loop._learner.steps, loop.version) == (31, 2), "without new steps there is nothing to gate"
+
+
+def test_a_candidate_below_the_margin_stays_unpublished(
+    directory: Path, traffic: list, tmp_path: Path, clock: Clock
+) -> None:
+    loop = make(directory, tmp_path, clock, publish_interval_s=10, gate_margin=3.0)
+    loop.ingest(encode_traces(traffic))
+    loop.work()
+    clock.now = 11
+    loop.work()
+    assert loop.version == 1
+    assert loop.last_verdict is not None
+    assert not loop.last_verdict.passed
+    clock.now = 100
+    loop.work()
+    assert loop._learner.steps == 1, "the checkpoint is due first"
+    loop.work()
+    assert loop._learner.steps == 2
+
+
+def test_without_held_out_traffic_nothing_is_published(
+    directory: Path, traffic: list, tmp_path: Path, clock: Clock
+) -> None:
+    loop = make(directory, tmp_path, clock, publish_interval_s=10, holdout=1e-9)
+    loop.ingest(encode_traces(traffic))
+    loop.work()
+    clock.now = 11
+    loop.work()
+    assert (loop.version, loop.last_verdict) == (1, None)
+
+
+def test_old_versions_are_pruned(directory: Path, traffic: list, tmp_path: Path, clock: Clock) -> None:
+    loop = make(directory, tmp_path, clock, publish_interval_s=1, keep_versions=2)
+    loop.ingest(encode_traces(traffic))
+    for _ in range(4):
+        for _ in range(15):
+            loop.train()
+        loop.publish()
+    versions = DrafterStore(loop.config.store_dir).versions()
+    assert len(versions) == 2
+    assert versions[-1] == loop.version >= 3
+
+
+def test_a_restart_goes_on_from_the_checkpoint(directory: Path, traffic: list, tmp_path: Path, clock: Clock) -> None:
+    loop = make(directory, tmp_path, clock)
+    loop.ingest(encode_traces(traffic))
+    for _ in range(5):
+        loop.work()
+    loop.checkpoint()
+    again = make(directory, tmp_path, clock)
+    assert again.status()["step"] == 5
+    again.ingest(encode_traces(traffic))
+    assert again.train().loss == loop.train().loss
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_newest_version(
+    directory: Path, tmp_path: Path, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    make(directory, tmp_path, clock).checkpoint()
+    (tmp_path / "trainer" / FILE).write_bytes(b"nothing")
+    with caplog.at_level(logging.WARNING):
+        loop = make(directory, tmp_path, clock)
+    assert "damaged" in caplog.text
+    assert (loop.version, loop.status()["step"]) == (1, 0)
+
+
+def test_it_does_not_learn_a_small_replay_by_heart(
+    directory: Path, traffic: list, tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.loop.MAX_PASSES", 2)
+    loop = make(directory, tmp_path, clock)
+    loop.ingest(encode_traces(traffic))
+    for _ in range(50):
+        loop.work()
+    assert loop._learner.tokens >= 2 * loop._replay.received
+    assert loop._learner.tokens < 2 * loop._replay.received + 64
+    assert not loop._can_train
+
+
+def test_the_thread_waits_for_traffic_and_stops_at_once(directory: Path, traffic: list, tmp_path: Path) -> None:
+    stepped = threading.Event()
+    loop = TrainerLoop(tiny_config(tmp_path), directory, Sinks(learning=lambda _m, _s: stepped.set()))
+    thread = threading.Thread(target=loop.run)
+    thread.start()
+    assert not stepped.wait(0.3)
+    loop.ingest(encode_traces(traffic))
+    assert stepped.wait(20)
+    loop.stop()
+    thread.join(20)
+    assert not thread.is_alive()
+    assert (tmp_path / "trainer" / FILE).is_file()
+
+
+def test_duty_bounds_the_share_of_time(
+    directory: Path, tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = make(directory, tmp_path, clock, duty=0.25)
+    rests: list[float | None] = []
+    monkeypatch.setattr(loop._changed, "wait_for", lambda _p, timeout=None: rests.append(timeout))
+    loop._rest(2.0)
+    assert rests == [pytest.approx(6.0)]
+
+
+def test_new_words_reach_the_draft_vocabulary(directory: Path, traffic: list, tmp_path: Path, clock: Clock) -> None:
+    loop = make(directory, tmp_path, clock)
+    loop.ingest(encode_traces(traffic))
+    loop.train()
+    missing = int((~loop._learner.model.t2d).nonzero()[0])
+    loop._replay.emitted_counts[missing] += 1_000_000
+    loop.publish()
+    assert bool(loop._learner.model.t2d[missing])
+
+
+def test_a_damaged_payload_is_refused(directory: Path, tmp_path: Path, clock: Clock) -> None:
+    with pytest.raises(ValueError, match="not a trace payload"):
+        make(directory, tmp_path, clock).ingest(b"\xc1")
+
+
+def test_status_is_plain(directory: Path, traffic: list, tmp_path: Path, clock: Clock) -> None:
+    loop = make(directory, tmp_path, clock)
+    loop.ingest(encode_traces(traffic))
+    loop.train()
+    loop.publish()
+    status = json.loads(json.dumps(loop.status()))
+    assert status["step"] == 1
+    assert status["replay"]["held_out"] > 0
+    assert status["gate"]["candidate"]["rows"] > 0
