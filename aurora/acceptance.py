@@ -102,7 +102,8 @@ class AcceptanceModel:
         """Expected extra tokens of each further draft position: cumulative products of the rates, [requests, k_max]."""
         if not request_ids:
             return np.zeros((0, self.k_max))
-        return np.cumprod([self.rates(r) for r in request_ids], axis=1)
+        rates = np.array([self.rates(r) for r in request_ids], dtype=np.float64)
+        return rates.cumprod(axis=1)
 
 
 def _shrunk(rates: PositionRates, prior: Floats, weight: float) -> Floats:

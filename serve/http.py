@@ -6,6 +6,8 @@ from pathlib import Path
 from aurora.config import AuroraConfig, UserError
 from serve.engine import RunningEngine
 
+_DRAIN_S = 30  # open requests may take this long after a stop
+
 
 def bind(host: str, port: int) -> socket.socket:
     """A listening-ready TCP socket. Raises UserError when the address cannot be had."""
@@ -48,6 +50,11 @@ async def serve_http(engine: RunningEngine, config: AuroraConfig, sock: socket.s
     app = build_app(args, tasks, engine.client.model_config)
     await init_app_state(engine.client, app.state, args, tasks)
     settings = uvicorn.Config(
-        app, log_level="warning", access_log=False, timeout_keep_alive=5, h11_max_incomplete_event_size=4 << 20
+        app,
+        log_level="warning",
+        access_log=False,
+        timeout_keep_alive=5,
+        timeout_graceful_shutdown=_DRAIN_S,
+        h11_max_incomplete_event_size=4 << 20,
     )
     return uvicorn.Server(settings)

