@@ -15,7 +15,7 @@ import numpy.typing as npt
 from aurora.acceptance import AcceptanceModel
 from aurora.goodput import Choice, StepTimeModel, StepWork, choose_lengths, evaluate
 
-_FIRST_CREDIT_S = 3.0  # seconds of exploration granted at start and at each new drafter version
+_FIRST_CREDIT_S = 1.0  # seconds of exploration granted at start and at each new drafter version
 _SKIP_MARGIN = 1.02  # no speculation must win by this much before requests are let go cold
 
 

@@ -1,0 +1,42 @@
+"""Engines that several integration tests share."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.integration.process import ServedModel
+from tests.integration.tiny_model import write_model
+
+LEARNING = (
+    "--max-model-len=512",
+    "--k-max=3",
+    "--draft-vocab=256",
+    "--publish-interval=3",
+    "--set=trainer.learning_rate=0.002",
+    "--set=trainer.holdout=0.3",
+    "--set=trainer.nice=0",
+    "--set=capture.interval_s=0.2",
+    "--set=reporter.interval_s=0.5",
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def learning(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedModel]:
+    """The tiny model served with speculation and learning."""
+    server = ServedModel(tiny_model, tmp_path_factory.mktemp("learning"), *LEARNING)
+    yield server.wait_ready()
+    assert server.stop() == 0
+
+
+@pytest.fixture(scope="session")
+def plain(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedModel]:
+    """The same model without speculation."""
+    server = ServedModel(tiny_model, tmp_path_factory.mktemp("plain"), "--no-speculation", "--max-model-len=512")
+    yield server.wait_ready()
+    assert server.stop() == 0

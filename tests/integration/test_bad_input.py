@@ -1,0 +1,59 @@
+"""What a user can get wrong at start-up: one line that names it, an exit code, nothing half-written."""
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from aurora.config import UserError
+from serve.engine import parse_vllm_args
+from tests.integration.process import ServedModel
+
+pytestmark = pytest.mark.engine
+
+
+def _error(code: int, output: str) -> str:
+    assert code == 2, output[-2000:]
+    lines = [line for line in output.splitlines() if line.startswith("aurora: error:")]
+    assert len(lines) == 1, output[-2000:]
+    return lines[0]
+
+
+def test_unknown_flags_are_refused_by_name(tiny_model: Path) -> None:
+    with pytest.raises(UserError, match="--no-such-flag"):
+        parse_vllm_args(str(tiny_model), ("--no-such-flag", "3"))
+    with pytest.raises(UserError, match="max-model-len"):
+        parse_vllm_args(str(tiny_model), ("--max-model-len", "many"))
+
+
+def test_a_port_in_use(tiny_model: Path, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        message = _error(*ServedModel(tiny_model, tmp_path / "run", f"--port={port}", "--no-learning").wait_end())
+    assert str(port) in message
+    assert "--port" in message
+
+
+def test_no_memory_for_the_kv_cache(tiny_model: Path, tmp_path: Path) -> None:
+    flags = ("--no-learning", "--draft-vocab=256", "--kv-cache-memory-bytes=2000", "--max-model-len=1024")
+    message = _error(*ServedModel(tiny_model, tmp_path / "run", *flags).wait_end())
+    assert "KV cache" in message
+    assert "--max-model-len" in message
+
+
+def test_a_drafter_of_another_model(learning: ServedModel, tiny_model: Path, tmp_path: Path) -> None:
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    source = learning.run_dir / "drafters" / "v000001"
+    config = json.loads((source / "config.json").read_text())
+    config["transformer_layer_config"]["hidden_size"] = 128
+    (foreign / "config.json").write_text(json.dumps(config))
+    save_file(load_file(source / "model.safetensors"), foreign / "model.safetensors")
+    run_dir = tmp_path / "run"
+    message = _error(*ServedModel(tiny_model, run_dir, "--no-learning", f"--drafter={foreign}").wait_end())
+    assert "hidden_size" in message
+    assert not list((run_dir / "drafters").glob("v*"))

@@ -1,0 +1,112 @@
+"""The closed loop on a real engine: it learns while it serves, and nothing a user sees depends on that."""
+
+import json
+import os
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import openai
+import pytest
+
+from aurora.store import DrafterStore
+from aurora.traffic import TrafficOptions, run
+from tests.integration.process import ServedModel
+
+pytestmark = pytest.mark.engine
+
+
+def _prompts(count: int, seed: int = 0) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(4, 300, int(rng.integers(8, 60))).tolist() for _ in range(count)]
+
+
+def _answers(server: ServedModel, prompts: list[list[int]], tokens: int = 48) -> list[list[int]]:
+    with ThreadPoolExecutor(4) as pool:
+        answers = pool.map(lambda p: server.complete(p, max_tokens=tokens), prompts)
+        return [a["choices"][0]["token_ids"] for a in answers]
+
+
+def test_the_openai_routes_answer(learning: ServedModel) -> None:
+    client = openai.OpenAI(base_url=f"{learning.url}/v1", api_key="none")
+    name = client.models.list().data[0].id
+    messages = [{"role": "user", "content": "hello"}]
+    chat = client.chat.completions.create(model=name, messages=messages, max_tokens=8)  # type: ignore[arg-type]
+    assert chat.usage is not None
+    assert 0 < chat.usage.completion_tokens <= 8
+    stream = client.completions.create(model=name, prompt="abc", max_tokens=8, stream=True)
+    assert list(stream)
+    assert learning.get("/health") == ""
+    assert json.loads(learning.get("/version"))["version"]
+    metrics = learning.get("/metrics")
+    assert "vllm:spec_decode_num_drafts" in metrics
+    assert "aurora_drafter_version" in metrics
+
+
+def test_greedy_text_is_the_targets_while_drafters_are_swapped(learning: ServedModel, plain: ServedModel) -> None:
+    """60 prompts, again and again until at least two more swaps happened: token-identical each time."""
+    prompts = _prompts(60)
+    expected = _answers(plain, prompts)
+    assert len({tuple(e) for e in expected}) > 50
+    before = learning.metric("aurora_swaps_total")
+    for _ in range(30):
+        assert _answers(learning, prompts) == expected
+        if learning.metric("aurora_swaps_total") >= before + 2:
+            break
+    assert learning.metric("aurora_swaps_total") >= before + 2
+    assert learning.metric("aurora_accepted_tokens_total") > 0
+    assert learning.metric("aurora_swap_failures_total") == 0
+
+
+def test_traffic_reports_what_happened(learning: ServedModel, tmp_path: Path) -> None:
+    rows = tmp_path / "prompts.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"question {i % 7}"}) + "\n" for i in range(40)))
+    out = tmp_path / "out.json"
+    options = TrafficOptions(dataset=str(rows), url=learning.url, concurrency=4, max_tokens=32, json_file=out)
+    assert run(options) == 0
+    result = json.loads(out.read_text())
+    assert (result["requests"], result["failures"]) == (40, 0)
+    assert result["tokens_per_s"] > 0
+    assert result["drafter_versions"]
+
+
+@pytest.mark.parametrize("actor", ["Trainer", "Reporter"])
+def test_the_death_of_an_actor_fails_no_request(learning: ServedModel, actor: str) -> None:
+    pid, swaps = learning.actor_pid(actor), learning.metric("aurora_swaps_total")
+    prompts = _prompts(30, seed=1)
+    with ThreadPoolExecutor(1) as pool:
+        answers = pool.submit(_answers, learning, prompts)
+        os.kill(pid, signal.SIGKILL)
+        assert all(answers.result())
+    if actor == "Trainer":
+        for seed in range(60):
+            _answers(learning, _prompts(16, seed=100 + seed % 4))
+            if learning.metric("aurora_swaps_total") > swaps:
+                break
+        assert learning.metric("aurora_swaps_total") > swaps
+        assert learning.actor_pid(actor) != pid
+
+
+def test_published_versions_verify_and_wandb_wrote_offline(learning: ServedModel) -> None:
+    learning.wait_metric("aurora_drafter_version", 2)
+    store = DrafterStore(learning.run_dir / "drafters")
+    newest = store.latest()
+    assert newest is not None
+    version = store.verify(newest)
+    assert version.metadata["acceptance_length"] >= 1
+    assert list((learning.run_dir / "wandb").glob("offline-run-*/run-*.wandb"))
+
+
+def test_requests_of_every_kind_work_under_speculation(learning: ServedModel) -> None:
+    variants = [
+        {"presence_penalty": 0.5, "frequency_penalty": 0.5},
+        {"logprobs": 3},
+        {"stop": ["zz"]},
+        {"temperature": 0.8, "seed": 3, "top_p": 0.9, "top_k": 20},
+        {"n": 2, "temperature": 1.0},
+        {"max_tokens": 1},
+        {"max_tokens": 450},
+    ]
+    for fields in variants:
+        assert learning.complete("some text", **fields)["choices"]

@@ -1,0 +1,66 @@
+"""A published drafter directory is an ordinary drafter: stock `vllm serve` loads it and accepts its drafts."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from aurora.environment import engine_environment
+from aurora.store import DrafterStore
+from tests.integration.process import ServedModel
+
+pytestmark = pytest.mark.engine
+
+
+def _get(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=30) as answer:
+        return str(answer.read().decode())
+
+
+def test_stock_vllm_serves_a_published_drafter(learning: ServedModel, tiny_model: Path, tmp_path: Path) -> None:
+    learning.wait_metric("aurora_drafter_version", 2)
+    store = DrafterStore(learning.run_dir / "drafters")
+    newest = store.latest()
+    assert newest is not None
+    speculation = {"method": "eagle3", "model": str(store.read(newest).path), "num_speculative_tokens": 3}
+    url = "http://127.0.0.1:18765"
+    command = [Path(sys.executable).parent / "vllm", "serve", tiny_model, "--port=18765", "--host=127.0.0.1"]
+    flags = ["--enforce-eager", "--dtype=float32", "--max-model-len=512", f"--speculative-config={json.dumps(speculation)}"]
+    log = tmp_path / "vllm.log"
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            [*command, *flags], stdout=out, stderr=out, env={**os.environ, **engine_environment()}
+        )
+    try:
+        _wait(url, process, log)
+        body = {"model": str(tiny_model), "prompt": list(range(4, 40)), "max_tokens": 200, "ignore_eos": True}
+        request = urllib.request.Request(
+            f"{url}/v1/completions",
+            json.dumps({**body, "temperature": 0}).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=300) as answer:
+            assert json.loads(answer.read())["usage"]["completion_tokens"] == 200
+        accepted = re.findall(r"^vllm:spec_decode_num_accepted_tokens_total\S* (\S+)$", _get(f"{url}/metrics"), re.M)
+        assert sum(map(float, accepted)) > 0
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def _wait(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
+    for _ in range(600):
+        assert process.poll() is None, log.read_text()[-3000:]
+        try:
+            _get(f"{url}/health")
+            return
+        except (urllib.error.URLError, ConnectionError):
+            time.sleep(0.5)
+    raise AssertionError(log.read_text()[-3000:])
