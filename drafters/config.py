@@ -12,6 +12,7 @@ from typing import Any
 
 SUPPORTED_TARGETS = ("llama", "mistral", "qwen2", "qwen3")
 _SUPPORTED_ROPE = ("default", "linear", "llama3")
+_MIN_LAYERS = 7  # below it the tapped layers coincide and vLLM taps fewer than three
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,13 +106,13 @@ def check_target(target: dict[str, Any]) -> None:
         f"hidden_act {target.get('hidden_act')!r}": target.get("hidden_act", "silu") != "silu",
         "final_logit_softcapping": bool(target.get("final_logit_softcapping")),
         "logits_scaling": (target.get("logits_scaling") or target.get("logit_scale") or 1.0) != 1.0,
-        f"num_hidden_layers {target.get('num_hidden_layers')}": target.get("num_hidden_layers", 0) < 5,
+        f"num_hidden_layers {target.get('num_hidden_layers')}": target.get("num_hidden_layers", 0) < _MIN_LAYERS,
     }
     for what, refused in wrong.items():
         if refused:
             raise ValueError(
                 f"no EAGLE-3 drafter for a target with {what}: use one of {', '.join(SUPPORTED_TARGETS)} with at least "
-                "5 layers, full rotary embedding, SiLU and plain logits, or serve with --no-speculation"
+                f"{_MIN_LAYERS} layers, full rotary embedding, SiLU and plain logits, or serve with --no-speculation"
             )
 
 

@@ -20,6 +20,7 @@ from serve.http import bind, read_api_keys, serve_http
 log = logging.getLogger(__name__)
 
 _ENGINE_CHECK_S = 1.0
+_BACKLOG = 2048
 
 
 class Server:
@@ -43,6 +44,7 @@ class Server:
         loops = await self._start_loops(engine)
         self._http = await serve_http(engine, self.config, sock, keys)
         self._address = sock.getsockname()[:2]
+        sock.listen(_BACKLOG)  # from here on a connection waits instead of being refused
         self._ready.set()
         loops.append(asyncio.create_task(_watch(engine)))
         try:

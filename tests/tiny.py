@@ -12,9 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from aurora.config import AuroraConfig
 from aurora.trace import DraftTrace
 
-VOCAB, HIDDEN, LAYERS = 300, 48, 6
+VOCAB, HIDDEN, LAYERS = 300, 48, 7
 DRAFT_VOCAB = 256
-AUX_LAYERS = (2, 3, 3)  # vLLM's defaults (2, n // 2, n - 3) at 6 layers
+AUX_LAYERS = (2, 3, 4)  # vLLM's defaults (2, n // 2, n - 3) at 7 layers
 Drafts = Callable[[list[int], int], list[int]]  # (true continuation, step) -> drafted tokens
 
 

@@ -32,7 +32,12 @@ def test_stock_vllm_serves_a_published_drafter(learning: ServedModel, tiny_model
     speculation = {"method": "eagle3", "model": str(store.read(newest).path), "num_speculative_tokens": 3}
     url = "http://127.0.0.1:18765"
     command = [Path(sys.executable).parent / "vllm", "serve", tiny_model, "--port=18765", "--host=127.0.0.1"]
-    flags = ["--enforce-eager", "--dtype=float32", "--max-model-len=512", f"--speculative-config={json.dumps(speculation)}"]
+    flags = [
+        "--enforce-eager",
+        "--dtype=float32",
+        "--max-model-len=512",
+        f"--speculative-config={json.dumps(speculation)}",
+    ]
     log = tmp_path / "vllm.log"
     with log.open("w") as out:
         process = subprocess.Popen(

@@ -12,13 +12,13 @@ CHAT = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}
 
 
 def write_model(directory: Path, seed: int = 0) -> Path:
-    """Save the model, its tokenizer and configuration. Greedy text is varied, sampled text has a peaked distribution."""
+    """Save the model, its tokenizer and configuration. Greedy text is varied, sampling is peaked."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCAB,
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=6,
+        num_hidden_layers=7,
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=32,
