@@ -35,7 +35,7 @@ format: install
 	$(BIN)/ruff format .
 
 bench: install
-	$(BIN)/python -m aurora.bench $(ARGS)
+	$(BIN)/aurora bench $(ARGS)
 
 lock: install
 	scripts/lock

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 from aurora import __version__
-from aurora.options import add_config_options, add_traffic_options, read_config
+from aurora.options import add_bench_options, add_config_options, add_traffic_options, read_config
 
 _Command = Callable[[argparse.Namespace, list[str]], int]
 _Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -47,6 +47,14 @@ def _parser() -> argparse.ArgumentParser:
     shown = config.add_subparsers(required=True, metavar="COMMAND")
     _add_serve(shown, "show", _config_show, "print the configuration in effect", "Print the configuration as YAML.")
     _add_traffic(commands)
+    bench = commands.add_parser(
+        "bench",
+        help="compare speeds with and without speculation",
+        description="Serve MODEL in several ways at once and compare their speeds; other flags go to vLLM.",
+        allow_abbrev=False,
+    )
+    add_bench_options(bench)
+    bench.set_defaults(run=_bench, passes_rest=True)
     doctor = commands.add_parser("doctor", help="say what this machine lacks", allow_abbrev=False)
     doctor.set_defaults(run=_doctor, passes_rest=False)
     return parser
@@ -100,6 +108,13 @@ def _traffic(known: argparse.Namespace, _rest: list[str]) -> int:
     from aurora.traffic import TrafficOptions, run
 
     return run(TrafficOptions(**options))
+
+
+def _bench(known: argparse.Namespace, rest: list[str]) -> int:
+    options = {name: value for name, value in vars(known).items() if name not in ("run", "passes_rest")}
+    from aurora.bench import BenchOptions, run
+
+    return run(BenchOptions(**options, vllm_args=tuple(rest)))
 
 
 if __name__ == "__main__":

@@ -43,7 +43,6 @@ def engine_environment(threads: int | None = None) -> dict[str, str]:
         return _unset(env | {"VLLM_USE_V2_MODEL_RUNNER": "0"})
     cores = sorted(os.sched_getaffinity(0))[:threads]
     env["VLLM_CPU_OMP_THREADS_BIND"] = _ranges(cores)
-    env["VLLM_CPU_KVCACHE_SPACE"] = str(kv_cache_gib(available_memory()))
     return _unset(env) | _preload()
 
 
@@ -67,9 +66,9 @@ def available_memory() -> int:
     return min(free, max(limit - used, 0))
 
 
-def kv_cache_gib(available: int) -> int:
-    """GiB for the KV cache on a CPU: a quarter of the available memory, from 1 to 4."""
-    return max(1, min(_KV_CACHE_MAX_GIB, available // (4 * _GIB)))
+def kv_cache_bytes(available: int) -> int:
+    """Bytes for the KV cache on a CPU unless the user names them: a quarter of what is available, 4 GiB at most."""
+    return min(_KV_CACHE_MAX_GIB * _GIB, available // 4)
 
 
 def find_iomp() -> Path | None:

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+import uuid
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,28 +23,34 @@ log = logging.getLogger(__name__)
 
 _MAX_FAILED_STARTS = 3
 _RESTART_PAUSE_S = 2.0
+_CLOSE_TIMEOUT_S = 60.0
 _ROOT = Path(__file__).resolve().parent.parent
 
 
 def serve(config: AuroraConfig) -> int:
     """Serve until interrupted; returns the exit code. Raises UserError for what the user can mend, before serving."""
     config = config.model_copy(update={"run_dir": config.run_dir.expanduser().resolve()})
-    _make_run_dir(config.run_dir)
     model_dir = model_directory(resolve_model(config.model, config.cache_dir))
+    _make_run_dir(config.run_dir)
     _start_ray(config)
     import ray
 
     try:
-        return _supervise(Deployment(config, model_dir))
+        deployment = Deployment(config, model_dir)
+        try:
+            return _supervise(deployment)
+        finally:
+            deployment.close()
     finally:
         ray.shutdown()
 
 
 class Deployment:
-    """The actors of one `aurora serve`."""
+    """The actors of one `aurora serve`. They know each other by name, so that a restarted one finds the others."""
 
     def __init__(self, config: AuroraConfig, model_dir: Path) -> None:
         self.config = config
+        self._id = uuid.uuid4().hex[:8]
         self.reporter = self._make_reporter()
         self.trainer = self._make_trainer(model_dir) if config.learning else None
         from serve.actor import make_server_actor
@@ -51,8 +58,8 @@ class Deployment:
         self.server = make_server_actor(
             config,
             model_dir,
-            self.trainer,
-            self.reporter,
+            trainer=self._name("trainer") if self.trainer is not None else None,
+            reporter=self._name("reporter") if self.reporter is not None else None,
             environment=_server_environment(),
             resources=_role("serve"),
         )
@@ -62,12 +69,28 @@ class Deployment:
             return None
         from aurora.dashboard import make_reporter_actor
 
-        return make_reporter_actor(self.config)
+        return make_reporter_actor(self.config, self._name("reporter"))
 
     def _make_trainer(self, model_dir: Path) -> Any:
         from trainer.actor import make_trainer_actor
 
-        return make_trainer_actor(self.config, model_dir, self.reporter, resources=_role("train"))
+        reporter = self._name("reporter") if self.reporter is not None else None
+        return make_trainer_actor(self.config, model_dir, self._name("trainer"), reporter, resources=_role("train"))
+
+    def close(self) -> None:
+        """Let the trainer write its checkpoint and the reporter close the W&B run; one that is dead is passed over."""
+        import ray
+
+        ends = {"trainer": self.trainer and self.trainer.stop, "reporter": self.reporter and self.reporter.finish}
+        for role, end in ends.items():
+            try:
+                if end is not None:
+                    ray.get(end.remote(), timeout=_CLOSE_TIMEOUT_S)
+            except (ray.exceptions.RayError, TimeoutError) as error:
+                log.warning("the %s did not end in order: %s", role, " ".join(str(error).split())[:200])
+
+    def _name(self, role: str) -> str:
+        return f"{role}-{self._id}"
 
 
 def _supervise(deployment: Deployment) -> int:

@@ -154,3 +154,25 @@ def add_traffic_options(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, metavar="N", help="of the arrival times (default: %(default)s)")
     add("--timeout", type=float, default=600.0, metavar="S", help="of each request (default: %(default)s)")
     add("--json", dest="json_file", type=Path, metavar="FILE", help="write the result there too")
+
+
+def add_bench_options(parser: argparse.ArgumentParser) -> None:
+    """The flags of `aurora bench`; names and defaults are those of `BenchOptions`, which checks the values."""
+    from aurora.config import DEFAULT_MODEL
+
+    add = parser.add_argument
+    add("model", metavar="MODEL", nargs="?", default=DEFAULT_MODEL, help="default: %(default)s")
+    add("--dataset", metavar="DATASET", help="JSONL file or `datasets` name; default: a dozen prompts of our own")
+    add("--variant", help="only rows of this variant")
+    add("--drafter", type=Path, metavar="DIR", help="published drafter to speculate with; default: the untrained one")
+    add("--concurrency", type=_counts, default=(1, 4), metavar="N,N", help="requests at once (default: 1,4)")
+    add("--rounds", type=int, default=5, metavar="N", help="default: %(default)s")
+    add("--requests", type=int, default=4, metavar="N", help="of an arm in a round, times the concurrency (default: 4)")
+    add("--max-tokens", type=int, default=64, metavar="N", help="of each answer (default: %(default)s)")
+    add("--fixed-k", type=int, default=3, metavar="N", help="of the arm with one length (default: %(default)s)")
+    add("--learning", action="store_true", help="one more arm: the goodput rule with a trainer beside it")
+    add("--json", dest="json_file", type=Path, metavar="FILE", help="write every round there too")
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,8 +44,7 @@ class TrafficOptions:
     temperature: float = 0.0
     top_p: float = 1.0
     model: str | None = None  # None: the first that the server lists
-    api_key: str | None = field(default=None, repr=False)  # None: `api_key_file`, then AURORA_API_KEY
-    api_key_file: Path | None = None
+    api_key_file: Path | None = None  # None: AURORA_API_KEY
     json_file: Path | None = None
     seed: int = 0  # of the arrival times
     timeout: float = 600.0  # seconds a request may take
@@ -71,13 +70,13 @@ class TrafficOptions:
 
     def key(self) -> str:
         """The API key to send. Raises UserError if the file given cannot be read or is empty."""
-        if self.api_key is None and self.api_key_file is not None:
+        if self.api_key_file is not None:
             try:
                 return self.api_key_file.read_text().split()[0]
             except (OSError, IndexError) as error:
                 reason = getattr(error, "strerror", None) or "holds no key"
                 raise UserError(f"--api-key-file {self.api_key_file}: {reason}; put a key on line 1") from error
-        return self.api_key or os.environ.get("AURORA_API_KEY") or "none"
+        return os.environ.get("AURORA_API_KEY") or "none"
 
 
 def run(options: TrafficOptions) -> int:

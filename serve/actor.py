@@ -24,14 +24,17 @@ _BACKLOG = 2048
 
 
 class Server:
-    """Serves until told to stop. Restarted by Ray, it comes back with the newest verified drafter version."""
+    """Serves until told to stop. Restarted by Ray, it comes back with the newest verified drafter version.
 
-    def __init__(self, config: AuroraConfig, model_dir: Path, trainer: Any, reporter: Any) -> None:
+    `trainer` and `reporter` name actors, or are None; both may die.
+    """
+
+    def __init__(self, config: AuroraConfig, model_dir: Path, trainer: str | None, reporter: str | None) -> None:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         self.config = config
         self.model_dir = model_dir
-        self.trainer = trainer
-        self.reporter = reporter
+        self.trainer = _find(trainer)
+        self.reporter = _find(reporter)
         self._http: Any = None
         self._ready = asyncio.Event()
         self._address = ("", 0)
@@ -79,6 +82,15 @@ class Server:
         if self.config.learning:
             loops.append(swap_forever(engine, DrafterStore(self.config.store_dir), exporter))
         return [asyncio.create_task(_or_exit(loop)) for loop in loops]
+
+
+def _find(name: str | None) -> Any:
+    """The actor of this name; None, with a warning, when it is gone for good."""
+    try:
+        return ray.get_actor(name) if name is not None else None
+    except ValueError:
+        log.warning("no actor %s; serving goes on without it", name)
+        return None
 
 
 def _ingest_into(trainer: Any) -> Ingest:
@@ -129,9 +141,9 @@ async def _watch(engine: RunningEngine) -> None:
 def make_server_actor(
     config: AuroraConfig,
     model_dir: Path,
-    trainer: Any,
-    reporter: Any,
     *,
+    trainer: str | None,
+    reporter: str | None,
     environment: dict[str, str],
     resources: dict[str, float],
 ) -> Any:

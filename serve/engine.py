@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from aurora.config import AuroraConfig, UserError
+from aurora.environment import available_memory, kv_cache_bytes
 from aurora.store import DrafterStore, DrafterVersion
 from drafters import ensure_drafter
 from serve.plugin import ENGINE_ENV
@@ -101,6 +102,7 @@ def _set_defaults(args: Namespace, flags: tuple[str, ...]) -> None:
         args.enforce_eager = args.enforce_eager or "--compilation-config" not in given
         args.dtype = args.dtype if "--dtype" in given else "float32"
         args.max_num_seqs = args.max_num_seqs or 64
+        args.kv_cache_memory_bytes = args.kv_cache_memory_bytes or kv_cache_bytes(available_memory())
     args.enable_log_requests = False
 
 
@@ -140,7 +142,7 @@ def _cause(error: Exception) -> str:
             raised = [m[1] for m in (re.search(r"\b((?:\w+Error|torch\.\w+Error): .+)", line) for line in lines) if m]
             causes = [line for line in raised if "root cause" not in line]
             text = causes[-1] if causes else text
-    text = " ".join(text.split())
+    text = " ".join(text.split()).rstrip(".")
     if "KV cache" in text or "memory" in text.lower():
-        text += "; lower --max-model-len or --max-num-seqs, or give the cache more with VLLM_CPU_KVCACHE_SPACE (GiB)"
+        text += "; lower --max-model-len or --max-num-seqs, or give the cache more with --kv-cache-memory-bytes"
     return text

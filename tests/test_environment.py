@@ -3,12 +3,12 @@ from pathlib import Path
 import pytest
 
 from aurora import environment
-from aurora.environment import Finding, diagnose, engine_environment, kv_cache_gib
+from aurora.environment import Finding, diagnose, engine_environment, kv_cache_bytes
 
 
 @pytest.fixture(autouse=True)
 def cpu_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_OMP_THREADS_BIND", "VLLM_NO_USAGE_STATS", "LD_PRELOAD"):
+    for name in ("VLLM_CPU_OMP_THREADS_BIND", "VLLM_NO_USAGE_STATS", "LD_PRELOAD"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(environment, "has_gpu", lambda: False)
     monkeypatch.setattr(environment.os, "sched_getaffinity", lambda _: {4, 5, 6, 9})
@@ -21,10 +21,10 @@ def test_threads_are_bound_to_the_cores_that_the_process_may_use() -> None:
 
 
 def test_what_the_user_set_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "9")
-    assert "VLLM_CPU_KVCACHE_SPACE" not in engine_environment()
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "")
-    assert int(engine_environment()["VLLM_CPU_KVCACHE_SPACE"]) >= 1
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "5")
+    assert "VLLM_CPU_OMP_THREADS_BIND" not in engine_environment()
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "")
+    assert engine_environment()["VLLM_CPU_OMP_THREADS_BIND"] == "4-6,9"
 
 
 def test_libraries_are_preloaded_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -60,9 +60,9 @@ def test_the_tcmalloc_of_the_wheel_comes_before_the_systems(monkeypatch: pytest.
         assert environment.find_tcmalloc() == folder / "libtcmalloc_minimal.so.4"
 
 
-@pytest.mark.parametrize(("gib", "cache"), [(0, 1), (3, 1), (8, 2), (15, 3), (16, 4), (500, 4)])
-def test_the_kv_cache_is_a_quarter_of_what_is_free(gib: int, cache: int) -> None:
-    assert kv_cache_gib(gib << 30) == cache
+@pytest.mark.parametrize(("gib", "cache"), [(0, 0), (2, 0.5), (15, 3.75), (16, 4), (500, 4)])
+def test_the_kv_cache_is_a_quarter_of_what_is_free(gib: int, cache: float) -> None:
+    assert kv_cache_bytes(gib << 30) == cache * (1 << 30)
 
 
 def test_a_container_limit_bounds_the_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -88,9 +88,9 @@ def test_training_that_fails_ends_the_process_and_a_dead_reporter_does_not(
 
         def version(self, metadata: dict[str, Any], number: int) -> None: ...
 
-    reporter = Reporter.remote()
+    reporter = Reporter.options(name="reporter").remote()
     config = tiny_config(tmp_path, checkpoint_interval_s=0.1, publish_interval_s=1000.0)
-    actor = make_trainer_actor(config, directory, reporter)
+    actor = make_trainer_actor(config, directory, reporter="reporter")
     ray.get(actor.ingest.remote(encode_traces(traffic)))
     wait_for(actor, lambda s: s["step"] >= 3)
     ray.kill(reporter)

@@ -23,9 +23,9 @@ _LOWEST_PRIORITY = 19
 
 
 class Trainer:
-    """The actor's class. `reporter` is an actor handle with `learning` and `version`, or None; it may die."""
+    """The actor's class. `reporter` names an actor with `learning` and `version`; it may die. None: nobody is told."""
 
-    def __init__(self, config: AuroraConfig, target_dir: str, reporter: Any = None) -> None:
+    def __init__(self, config: AuroraConfig, target_dir: str, reporter: str | None = None) -> None:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s trainer %(levelname)s %(message)s")
         _yield_to_others(config.trainer.nice)
         torch.set_num_threads(config.trainer.threads)
@@ -63,8 +63,13 @@ def _yield_to_others(nice: int) -> None:
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
-def _sinks(reporter: Any) -> Sinks:
+def _sinks(name: str | None) -> Sinks:
     """Fire and forget: a dead reporter loses metrics and nothing else."""
+    try:
+        reporter = ray.get_actor(name) if name is not None else None
+    except ValueError:  # Ray knows no living actor of this name
+        log.warning("the reporter %s is gone; training goes on unreported", name)
+        reporter = None
     if reporter is None:
         return Sinks()
     return Sinks(
@@ -81,10 +86,15 @@ def _tell(method: Any, values: dict[str, Any], number: int) -> None:
 
 
 def make_trainer_actor(
-    config: AuroraConfig, target_dir: Path, reporter: Any = None, resources: dict[str, float] | None = None
+    config: AuroraConfig,
+    target_dir: Path,
+    name: str | None = None,
+    reporter: str | None = None,
+    resources: dict[str, float] | None = None,
 ) -> Any:
     """Create the actor; returns its handle at once. Ray restarts it without limit."""
     actor = ray.remote(Trainer).options(
+        name=name,
         num_cpus=config.trainer.threads,
         num_gpus=config.trainer.num_gpus,
         resources=resources or {},

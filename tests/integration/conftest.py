@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.process import ServedModel
+from tests.integration.process import START_LIMIT_S, ServedModel
 from tests.integration.tiny_model import write_model
 
 LEARNING = (
@@ -30,7 +30,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def learning(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedModel]:
     """The tiny model served with speculation and learning."""
     server = ServedModel(tiny_model, tmp_path_factory.mktemp("learning"), *LEARNING)
-    yield server.wait_ready()
+    server.wait_ready(START_LIMIT_S)
+    yield server
     assert server.stop() == 0
 
 
@@ -38,5 +39,6 @@ def learning(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 def plain(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedModel]:
     """The same model without speculation."""
     server = ServedModel(tiny_model, tmp_path_factory.mktemp("plain"), "--no-speculation", "--max-model-len=512")
-    yield server.wait_ready()
+    server.wait_ready(START_LIMIT_S)
+    yield server
     assert server.stop() == 0

@@ -1,56 +1,29 @@
 """`aurora serve` as a real process, and what the tests ask of it."""
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import psutil
+import numpy as np
 
-START_LIMIT_S = 400
+from aurora.local_server import LocalServer
+
+START_LIMIT_S = 240
 
 
-class ServedModel:
-    """One running `aurora serve`. Ends only the processes that it started, by id."""
+class ServedModel(LocalServer):
+    """A server under test, with the requests that tests make."""
 
-    def __init__(self, model: Path | str, run_dir: Path, *flags: str, env: dict[str, str] | None = None) -> None:
-        self.run_dir = run_dir
-        run_dir.mkdir(parents=True, exist_ok=True)
-        self.log = run_dir / "serve.log"
-        command = [sys.executable, "-m", "aurora.cli", "serve", str(model), "--run-dir", str(run_dir), "--port", "0"]
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [*command, *flags],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})},
-            )
-        self.url = ""
-
-    def wait_ready(self) -> "ServedModel":
-        end = time.monotonic() + START_LIMIT_S
-        while time.monotonic() < end:
-            found = re.search(r"answers at (http://\S+)/v1", self.log.read_text())
-            if found:
-                self.url = found[1]
-                return self
-            if self.process.poll() is not None:
-                break
-            time.sleep(0.2)
-        self.stop()
-        raise AssertionError(f"aurora serve did not start: {self.log.read_text()[-3000:]}")
+    def __init__(self, model: Path | str, run_dir: Path, *flags: str) -> None:
+        super().__init__(str(model), run_dir, flags)
 
     def wait_end(self) -> tuple[int, str]:
         """Exit code and output of a command that is expected to fail."""
         try:
-            return self.process.wait(START_LIMIT_S), self.log.read_text()
+            return self.process.wait(START_LIMIT_S), self.output()
         finally:
             self.stop()
 
@@ -79,38 +52,28 @@ class ServedModel:
         lines = re.findall(rf"^{re.escape(name)}(?:\{{[^}}]*\}})? (\S+)$", self.get("/metrics"), re.MULTILINE)
         return sum(map(float, lines))
 
-    def wait_metric(self, name: str, at_least: float, limit_s: float = 240) -> float:
-        end = time.monotonic() + limit_s
-        while (value := self.metric(name)) < at_least:
-            assert time.monotonic() < end, f"{name} is {value}, not {at_least}, after {limit_s} s"
-            time.sleep(0.5)
-        return value
+    def answers(self, prompts: list[list[int]], tokens: int = 48) -> list[list[int]]:
+        """Greedy token ids for each prompt, four requests at a time."""
+        with ThreadPoolExecutor(4) as pool:
+            answers = pool.map(lambda prompt: self.complete(prompt, max_tokens=tokens), prompts)
+            return [answer["choices"][0]["token_ids"] for answer in answers]
+
+    def serve_until_version(self, number: int) -> None:
+        """Send traffic until this drafter version is live."""
+        for seed in range(100):
+            if self.metric("aurora_drafter_version") >= number:
+                return
+            self.answers(random_prompts(16, seed=100 + seed % 4))
+        raise AssertionError(f"drafter version {number} was never swapped in; see {self.log}")
 
     def actor_pid(self, name: str) -> int:
         """Process id of a Ray actor of this deployment."""
-        for child in psutil.Process(self.process.pid).children(recursive=True):
+        for child in self.processes():
             if child.name().startswith(f"ray::{name}"):
                 return int(child.pid)
         raise AssertionError(f"no actor {name}")
 
-    def stop(self) -> int:
-        """SIGTERM, then SIGKILL for whatever of its processes is left; returns the exit code."""
-        mine = _tree(self.process.pid)
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-        try:
-            code = self.process.wait(90)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            code = self.process.wait()
-        _, alive = psutil.wait_procs(mine, timeout=20)
-        for process in alive:
-            process.kill()
-        return code
 
-
-def _tree(pid: int) -> list[psutil.Process]:
-    try:
-        return list(psutil.Process(pid).children(recursive=True))
-    except psutil.NoSuchProcess:
-        return []
+def random_prompts(count: int, seed: int = 0) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(4, 300, int(rng.integers(8, 60))).tolist() for _ in range(count)]

@@ -39,7 +39,7 @@ def test_a_port_in_use(tiny_model: Path, tmp_path: Path) -> None:
 
 
 def test_no_memory_for_the_kv_cache(tiny_model: Path, tmp_path: Path) -> None:
-    flags = ("--no-learning", "--draft-vocab=256", "--kv-cache-memory-bytes=2000", "--max-model-len=1024")
+    flags = ("--no-learning", "--draft-vocab=256", "--kv-cache-memory-bytes=500000", "--max-model-len=1024")
     message = _error(*ServedModel(tiny_model, tmp_path / "run", *flags).wait_end())
     assert "KV cache" in message
     assert "--max-model-len" in message

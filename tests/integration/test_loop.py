@@ -6,26 +6,14 @@ import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import openai
 import pytest
 
 from aurora.store import DrafterStore
 from aurora.traffic import TrafficOptions, run
-from tests.integration.process import ServedModel
+from tests.integration.process import ServedModel, random_prompts
 
 pytestmark = pytest.mark.engine
-
-
-def _prompts(count: int, seed: int = 0) -> list[list[int]]:
-    rng = np.random.default_rng(seed)
-    return [rng.integers(4, 300, int(rng.integers(8, 60))).tolist() for _ in range(count)]
-
-
-def _answers(server: ServedModel, prompts: list[list[int]], tokens: int = 48) -> list[list[int]]:
-    with ThreadPoolExecutor(4) as pool:
-        answers = pool.map(lambda p: server.complete(p, max_tokens=tokens), prompts)
-        return [a["choices"][0]["token_ids"] for a in answers]
 
 
 def test_the_openai_routes_answer(learning: ServedModel) -> None:
@@ -46,12 +34,12 @@ def test_the_openai_routes_answer(learning: ServedModel) -> None:
 
 def test_greedy_text_is_the_targets_while_drafters_are_swapped(learning: ServedModel, plain: ServedModel) -> None:
     """60 prompts, again and again until at least two more swaps happened: token-identical each time."""
-    prompts = _prompts(60)
-    expected = _answers(plain, prompts)
+    prompts = random_prompts(60)
+    expected = plain.answers(prompts)
     assert len({tuple(e) for e in expected}) > 50
     before = learning.metric("aurora_swaps_total")
     for _ in range(30):
-        assert _answers(learning, prompts) == expected
+        assert learning.answers(prompts) == expected
         if learning.metric("aurora_swaps_total") >= before + 2:
             break
     assert learning.metric("aurora_swaps_total") >= before + 2
@@ -73,23 +61,19 @@ def test_traffic_reports_what_happened(learning: ServedModel, tmp_path: Path) ->
 
 @pytest.mark.parametrize("actor", ["Trainer", "Reporter"])
 def test_the_death_of_an_actor_fails_no_request(learning: ServedModel, actor: str) -> None:
-    pid, swaps = learning.actor_pid(actor), learning.metric("aurora_swaps_total")
-    prompts = _prompts(30, seed=1)
+    pid, version = learning.actor_pid(actor), int(learning.metric("aurora_drafter_version"))
+    prompts = random_prompts(30, seed=1)
     with ThreadPoolExecutor(1) as pool:
-        answers = pool.submit(_answers, learning, prompts)
+        answers = pool.submit(learning.answers, prompts)
         os.kill(pid, signal.SIGKILL)
         assert all(answers.result())
     if actor == "Trainer":
-        for seed in range(60):
-            _answers(learning, _prompts(16, seed=100 + seed % 4))
-            if learning.metric("aurora_swaps_total") > swaps:
-                break
-        assert learning.metric("aurora_swaps_total") > swaps
+        learning.serve_until_version(version + 1)
         assert learning.actor_pid(actor) != pid
 
 
 def test_published_versions_verify_and_wandb_wrote_offline(learning: ServedModel) -> None:
-    learning.wait_metric("aurora_drafter_version", 2)
+    learning.serve_until_version(2)
     store = DrafterStore(learning.run_dir / "drafters")
     newest = store.latest()
     assert newest is not None

@@ -1,0 +1,227 @@
+"""`aurora bench`: tokens per second with and without speculation, side by side in one run.
+
+Every arm is a whole `aurora serve`; all of them are up at once and requests go to one at a time, in an order that turns
+from round to round, so that whatever else the machine does hits all arms alike. Each round sends every arm the same
+prompts; an arm's ratio is to `--no-speculation` within the round, and the median over the rounds is what counts.
+"""
+
+import asyncio
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from aurora.config import DEFAULT_MODEL, UserError
+from aurora.local_server import LocalServer
+from aurora.prompts import Conversation, read_prompts
+from aurora.scrape import Scrape, parse_scrape, tokens_per_step
+from aurora.sender import Record, Sender
+
+BASELINE = "no speculation"
+_REQUEST_TIMEOUT_S = 600.0
+_PROMPTS = (
+    "Explain in three sentences why the sky is blue.",
+    "Write a Python function that returns the n-th Fibonacci number.",
+    "Which is larger, 9.11 or 9.9? Explain step by step.",
+    "Translate to French: The library opens at nine and closes at six.",
+    "Write an SQL query that counts the orders of each customer in 2023.",
+    "Summarise the water cycle for a ten-year-old.",
+    "A train travels 120 km in 1.5 hours. What is its average speed?",
+    "List five ways to save energy at home.",
+    "What is the difference between a list and a tuple in Python?",
+    "Write a short letter to a landlord about a broken heater.",
+    "Name the planets of the solar system in order of their distance from the sun.",
+    "Give a recipe for pancakes with quantities.",
+)
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What to measure; `aurora bench` has a flag for each. Raises UserError for values that make no sense."""
+
+    model: str = DEFAULT_MODEL
+    dataset: str | None = None  # None: a dozen prompts of our own
+    variant: str | None = None
+    drafter: Path | None = None  # None: the untrained one of day 0
+    concurrency: tuple[int, ...] = (1, 4)
+    rounds: int = 5
+    requests: int = 4  # per arm, round and unit of concurrency
+    max_tokens: int = 64
+    fixed_k: int = 3
+    learning: bool = False  # one more arm: the goodput rule with the trainer running beside it
+    json_file: Path | None = None
+    vllm_args: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("concurrency", "rounds", "requests", "max_tokens", "fixed_k"):
+            value = getattr(self, name)
+            if min(value if isinstance(value, tuple) else (value,)) < 1:
+                raise UserError(f"--{name.replace('_', '-')} {value}: must be above 0")
+        if self.json_file is not None and not self.json_file.absolute().parent.is_dir():
+            raise UserError(f"--json {self.json_file}: no such directory; create it first")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One arm in one round."""
+
+    arm: str
+    concurrency: int
+    round: int
+    tokens_per_s: float
+    tokens_per_step: float | None  # None without speculation
+    tokens: int
+
+
+@dataclass
+class BenchResult:
+    measurements: list[Measurement] = field(default_factory=list)
+
+    def ratios(self, arm: str, concurrency: int) -> list[float]:
+        """Tokens/s of `arm` over the baseline's, round by round."""
+        speed = {(m.arm, m.round): m.tokens_per_s for m in self.measurements if m.concurrency == concurrency}
+        rounds = sorted({r for a, r in speed if a == arm} & {r for a, r in speed if a == BASELINE})
+        return [speed[arm, r] / speed[BASELINE, r] for r in rounds]
+
+    def rows(self) -> Iterator[dict[str, float | str | None]]:
+        """One for each arm and concurrency: medians over the rounds, and the range of the ratio."""
+        for concurrency in sorted({m.concurrency for m in self.measurements}):
+            for arm in dict.fromkeys(m.arm for m in self.measurements):
+                mine = [m for m in self.measurements if (m.arm, m.concurrency) == (arm, concurrency)]
+                steps = [m.tokens_per_step for m in mine if m.tokens_per_step is not None]
+                ratios = self.ratios(arm, concurrency)
+                yield {
+                    "concurrency": concurrency,
+                    "arm": arm,
+                    "tokens_per_s": float(np.median([m.tokens_per_s for m in mine])),
+                    "tokens_per_step": float(np.median(steps)) if steps else None,
+                    "ratio": float(np.median(ratios)),
+                    "ratio_min": min(ratios),
+                    "ratio_max": max(ratios),
+                }
+
+
+def run(options: BenchOptions) -> int:
+    """Start the arms, measure, print the table; 0 when done. Raises UserError for what the user can mend."""
+    prompts = _prompts(options)
+    with tempfile.TemporaryDirectory(prefix="aurora-bench-") as scratch, ExitStack() as stack:
+        servers = {}
+        for name, flags in arms(options).items():
+            server = LocalServer(options.model, Path(scratch) / name.replace(" ", "-"), flags)
+            stack.callback(server.stop)
+            print(f"starting: {name}", flush=True)
+            try:
+                server.wait_ready()  # one after the other: together they would starve each other
+            except RuntimeError as error:
+                raise UserError(f"the arm {name!r} did not start: {error}") from error
+            servers[name] = server.url
+        result = asyncio.run(measure(servers, prompts, options))
+    _show(result)
+    if options.json_file is not None:
+        rows = {"rows": list(result.rows()), "rounds": [asdict(m) for m in result.measurements]}
+        options.json_file.write_text(json.dumps(rows, indent=1))
+    return 0
+
+
+def arms(options: BenchOptions) -> dict[str, tuple[str, ...]]:
+    """Name and flags of each arm; the baseline first."""
+    drafter = (f"--drafter={options.drafter.expanduser().resolve()}",) if options.drafter is not None else ()
+    k = f"--fixed-k={options.fixed_k}"
+    common = ("--set=reporter.mode=disabled", *options.vllm_args)
+    chosen = {
+        BASELINE: ("--no-speculation", *common),
+        f"fixed k = {options.fixed_k}": (k, "--no-learning", *drafter, *common),
+        "goodput rule": ("--no-learning", *drafter, *common),
+    }
+    return chosen | ({"goodput rule, learning": (*drafter, *common)} if options.learning else {})
+
+
+async def measure(servers: dict[str, str], prompts: Sequence[Conversation], options: BenchOptions) -> BenchResult:
+    """Send the rounds to the servers (name -> URL). A first round warms up and is not counted."""
+    result = BenchResult()
+    names = list(servers)
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("bench", total=(options.rounds + 1) * len(options.concurrency) * len(names))
+        for concurrency in options.concurrency:
+            for number in range(options.rounds + 1):
+                turn = number % len(names)
+                batch = _batch(prompts, number, options.requests * concurrency)
+                for name in names[turn:] + names[:turn]:
+                    speed, steps, tokens = await _send(servers[name], batch, concurrency, options)
+                    if number:
+                        result.measurements.append(Measurement(name, concurrency, number, speed, steps, tokens))
+                    progress.advance(task)
+    return result
+
+
+async def _send(
+    url: str, batch: Sequence[Conversation], concurrency: int, options: BenchOptions
+) -> tuple[float, float | None, int]:
+    """Tokens/s, tokens per decode step and tokens of one batch, `concurrency` requests at a time."""
+    import openai
+
+    records: list[Record] = []
+    queue = iter(batch)
+    async with openai.AsyncOpenAI(
+        base_url=f"{url}/v1", api_key=os.environ.get("AURORA_API_KEY") or "none", max_retries=0
+    ) as client:
+        model = (await client.models.list()).data[0].id
+        fields = {"model": model, "temperature": 0.0, "max_tokens": options.max_tokens}
+        sender = Sender(client, fields, _REQUEST_TIMEOUT_S)
+
+        async def work() -> None:
+            for conversation in queue:
+                await sender.converse(conversation, records)
+
+        before, start = await _scrape(client, url), time.monotonic()
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(concurrency):
+                tasks.create_task(work())
+        seconds = time.monotonic() - start
+        await asyncio.sleep(1.0)  # the counters lag the engine by one collection
+        after = await _scrape(client, url)
+    failed = [r.error for r in records if r.error is not None]
+    if failed:
+        raise UserError(f"{url}: {len(failed)} of {len(records)} requests failed, the first with: {failed[0]}")
+    tokens = sum(r.completion_tokens for r in records)
+    return tokens / seconds, tokens_per_step(before, after), tokens
+
+
+async def _scrape(client: "object", url: str) -> Scrape:
+    page: str = await client.get(f"{url}/metrics", cast_to=str)  # type: ignore[attr-defined]
+    return parse_scrape(page)
+
+
+def _prompts(options: BenchOptions) -> list[Conversation]:
+    if options.dataset is None:
+        return [Conversation((text,)) for text in _PROMPTS]
+    return read_prompts(options.dataset, variant=options.variant)
+
+
+def _batch(prompts: Sequence[Conversation], number: int, size: int) -> list[Conversation]:
+    """The prompts of one round: the next `size`, from the front again after the last."""
+    return [prompts[(number * size + i) % len(prompts)] for i in range(size)]
+
+
+def _show(result: BenchResult) -> None:
+    table = Table("requests at once", "arm", "tokens/s", "tokens/step", "ratio to no speculation", "range")
+    for row in result.rows():
+        steps = "-" if row["tokens_per_step"] is None else f"{row['tokens_per_step']:.2f}"
+        table.add_row(
+            str(row["concurrency"]),
+            str(row["arm"]),
+            f"{row['tokens_per_s']:.1f}",
+            steps,
+            f"{row['ratio']:.3f}",
+            f"{row['ratio_min']:.3f} - {row['ratio_max']:.3f}",
+        )
+    Console().print(table)

@@ -1,0 +1,92 @@
+import asyncio
+import json
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import pytest
+
+from aurora.bench import BASELINE, BenchOptions, BenchResult, Measurement, arms, measure
+from aurora.config import AuroraConfig, UserError
+from aurora.options import refuse_controlled
+from aurora.prompts import Conversation
+
+
+def test_arms_are_serve_commands_with_one_difference(tmp_path: Path) -> None:
+    options = BenchOptions(drafter=tmp_path, fixed_k=2, learning=True, vllm_args=("--max-model-len=512",))
+    chosen = arms(options)
+    assert next(iter(chosen)) == BASELINE
+    assert len(chosen) == 4
+    assert f"--drafter={tmp_path}" not in chosen[BASELINE]
+    for name, flags in chosen.items():
+        assert "--max-model-len=512" in flags
+        assert (f"--drafter={tmp_path}" in flags) == (name != BASELINE)
+    refuse_controlled(chosen[BASELINE][-1:])
+    assert AuroraConfig().speculation.fixed_k is None
+
+
+def test_ratios_compare_within_a_round() -> None:
+    speeds = {(BASELINE, 1): 10.0, ("x", 1): 20.0, (BASELINE, 2): 100.0, ("x", 2): 150.0}
+    result = BenchResult([Measurement(arm, 1, r, speed, None, 5) for (arm, r), speed in speeds.items()])
+    assert result.ratios("x", 1) == [2.0, 1.5]
+    rows = {row["arm"]: row for row in result.rows()}
+    assert rows["x"]["ratio"] == 1.75
+    assert rows[BASELINE]["ratio"] == 1.0
+    assert (rows["x"]["ratio_min"], rows["x"]["ratio_max"]) == (1.5, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("rounds", 0), ("concurrency", (1, 0)), ("max_tokens", -1), ("fixed_k", 0), ("requests", 0)]
+)
+def test_values_that_make_no_sense(field: str, value: object) -> None:
+    with pytest.raises(UserError, match=f"--{field.replace('_', '-')} .* above 0"):
+        BenchOptions(**{field: value})  # type: ignore[arg-type]
+
+
+class _Endpoint(BaseHTTPRequestHandler):
+    """Enough of the OpenAI API to be measured; notes every prompt."""
+
+    seen: list[tuple[int, str]]
+
+    def do_GET(self) -> None:
+        self._answer(json.dumps({"object": "list", "data": [{"id": "m"}]}) if "models" in self.path else "")
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.seen.append((self.server.server_address[1], body["messages"][-1]["content"]))
+        choice = {"index": 0, "delta": {"content": "x"}, "finish_reason": "stop"}
+        usage = {"prompt_tokens": 1, "completion_tokens": 7, "total_tokens": 8}
+        chunks = [{"choices": [choice]}, {"choices": [], "usage": usage}]
+        head = {"id": "1", "object": "chat.completion.chunk", "created": 0, "model": "m"}
+        lines = [f"data: {json.dumps(head | chunk)}\n\n" for chunk in chunks]
+        self._answer("".join(lines) + "data: [DONE]\n\n", "text/event-stream")
+
+    def _answer(self, text: str, kind: str = "application/json") -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *args: object) -> None: ...
+
+
+def test_every_arm_gets_the_same_prompts_in_turning_order() -> None:
+    _Endpoint.seen = []
+    servers = [ThreadingHTTPServer(("127.0.0.1", 0), _Endpoint) for _ in range(2)]
+    for server in servers:
+        Thread(target=server.serve_forever, daemon=True).start()
+    ports = [s.server_address[1] for s in servers]
+    urls = {name: f"http://127.0.0.1:{port}" for name, port in zip((BASELINE, "x"), ports, strict=True)}
+    prompts = [Conversation((f"p{i}",)) for i in range(5)]
+    try:
+        result = asyncio.run(measure(urls, prompts, BenchOptions(rounds=2, requests=2, concurrency=(1,))))
+    finally:
+        for server in servers:
+            server.shutdown()
+            server.server_close()
+    texts = {port: [text for p, text in _Endpoint.seen if p == port] for port in ports}
+    assert texts[ports[0]] == texts[ports[1]] == ["p0", "p1", "p2", "p3", "p4", "p0"]
+    order = [port for port, _ in _Endpoint.seen][::2]
+    assert order == [ports[0], ports[1], ports[1], ports[0], ports[0], ports[1]]
+    assert [(m.round, m.tokens) for m in result.measurements] == [(1, 14)] * 2 + [(2, 14)] * 2
