@@ -75,6 +75,7 @@ class TrainerConfig(_Branch):
     rejected_weight: float = Field(0.5, ge=0, description="loss weight of rows on rejected branches; 0 leaves them out")
     batch_rows: int = Field(256, ge=8, description="rollout starts an optimiser step")
     grad_clip: float = Field(1.0, gt=0)
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="of matrix products; weights stay fp32")
     replay_mib: int = Field(1024, ge=8, description="bound of the replay; the oldest sequences leave first")
     max_staleness: int = Field(8, ge=0, description="versions after which drafts no longer count as on-policy")
     holdout: float = Field(0.1, gt=0, lt=0.5, description="share of requests kept out of training for the gate")

@@ -38,7 +38,7 @@ def engine_environment(threads: int | None = None) -> dict[str, str]:
 
     `threads` is the number of CPU threads of the engine, all that this process may use by default.
     """
-    env = {"VLLM_NO_USAGE_STATS": "1"}
+    env = {"VLLM_NO_USAGE_STATS": "1", "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn"}  # a fork may copy held locks
     if has_gpu():
         return _unset(env | {"VLLM_USE_V2_MODEL_RUNNER": "0"})
     cores = sorted(os.sched_getaffinity(0))[:threads]

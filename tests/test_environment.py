@@ -45,9 +45,14 @@ def test_nothing_is_preloaded_where_nothing_is_found(monkeypatch: pytest.MonkeyP
 
 
 def test_a_gpu_gets_no_cpu_settings_and_the_first_model_runner(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
+    for name in ("VLLM_USE_V2_MODEL_RUNNER", "VLLM_WORKER_MULTIPROCESSING_METHOD"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(environment, "has_gpu", lambda: True)
-    assert engine_environment() == {"VLLM_NO_USAGE_STATS": "1", "VLLM_USE_V2_MODEL_RUNNER": "0"}
+    assert engine_environment() == {
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_USE_V2_MODEL_RUNNER": "0",
+        "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn",
+    }
 
 
 def test_the_tcmalloc_of_the_wheel_comes_before_the_systems(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from trainer.checkpoint import FILE, CheckpointRefused, load_checkpoint, save_ch
 from trainer.learner import Learner, StepMetrics
 from trainer.rollout import Batch, build_batch
 
-SETTINGS = TrainerConfig(learning_rate=3e-3, warmup_steps=4, batch_rows=64)
+SETTINGS = TrainerConfig(learning_rate=3e-3, warmup_steps=4, batch_rows=64, precision="fp32")
 
 
 @pytest.fixture(scope="module")
@@ -143,3 +143,13 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_and_changes_nothing(
     with pytest.raises(CheckpointRefused, match="another target"):
         load_checkpoint(tmp_path, stranger)
     assert all(torch.equal(before[name], t) for name, t in learner.model.state_dict().items())
+
+
+def test_bfloat16_products_follow_float32(target: TargetWeights, replay: Replay) -> None:
+    plain, fast = (new_learner(target, SETTINGS.model_copy(update={"precision": p})) for p in ("fp32", "bf16"))
+    for seed in range(30):
+        exact, rounded = plain.step(batch(replay, seed)), fast.step(batch(replay, seed))
+        assert rounded.loss == pytest.approx(exact.loss, rel=0.05)
+    assert rounded.acceptance_length == pytest.approx(exact.acceptance_length, abs=0.15)
+    assert all(p.dtype == torch.float32 for p in fast.model.parameters())
+    assert any(not torch.equal(a, b) for a, b in zip(plain.model.parameters(), fast.model.parameters(), strict=True))

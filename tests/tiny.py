@@ -41,7 +41,14 @@ def write_target(directory: Path, seed: int = 0, **fields: Any) -> Path:
 
 def tiny_config(run_dir: Path, **trainer: Any) -> AuroraConfig:
     """A configuration for the tiny target; keywords go to its trainer branch."""
-    plain = {"batch_rows": 64, "warmup_steps": 2, "learning_rate": 3e-3, "holdout": 0.3, "gate_sequences": 4}
+    plain = {
+        "batch_rows": 64,
+        "warmup_steps": 2,
+        "learning_rate": 3e-3,
+        "holdout": 0.3,
+        "gate_sequences": 4,
+        "precision": "fp32",
+    }
     branches = {"speculation": {"draft_vocab": DRAFT_VOCAB, "k_max": 3}, "trainer": plain | trainer}
     return AuroraConfig.model_validate({"run_dir": run_dir, **branches})
 

@@ -50,12 +50,14 @@ class Learner:
             model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
         )
         self._draft_head = target.lm_head[model.draft_ids]  # [D, H], the frozen judge
+        self._bf16 = uses_bf16(config.precision, self._draft_head.device.type)
 
     def step(self, batch: Batch) -> StepMetrics:
         """Roll out, measure the loss at every depth, go one step down its gradient."""
         began = time.perf_counter()
         rate = self._warm_up()
-        losses, accepted = zip(*self._roll(batch), strict=True)
+        with torch.autocast(self._draft_head.device.type, torch.bfloat16, enabled=self._bf16):
+            losses, accepted = zip(*self._roll(batch), strict=True)
         loss = _decayed(losses, self.config.depth_decay)
         self.optimizer.zero_grad()
         torch.autograd.backward(loss)
@@ -88,7 +90,7 @@ class Learner:
         right = torch.ones(0)
         states = run_rollouts(self.model, batch.context, batch.nodes)
         for nodes, label, state in zip(batch.nodes, batch.labels, states, strict=True):
-            logits = self.model.logits(state)
+            logits = self.model.logits(state).float()
             right, share = accepted_share(self.model, logits.detach(), label, right, nodes.parent)
             weight = torch.where(label.rejected, self.config.rejected_weight, 1.0)
             yield (weight * self.loss(logits, p[label.target])).sum() / weight.sum(), share
@@ -110,6 +112,13 @@ class Learner:
     def reload(self) -> None:
         """Follow a vocabulary that was written into the model from outside (a checkpoint)."""
         self._draft_head = self.target.lm_head[self.model.draft_ids]
+
+
+def uses_bf16(precision: str, device: str) -> bool:
+    """Whether matrix products run in bfloat16; `auto`: where the device computes them natively."""
+    if precision == "auto":
+        return device == "cuda" or torch.cpu._is_avx512_bf16_supported()
+    return precision == "bf16"
 
 
 def accepted_share(

@@ -27,6 +27,7 @@ from trainer.rollout import build_batch
 
 log = logging.getLogger(__name__)
 
+_TRAINING_PER_GATE = 4.0  # seconds of training that a second of judging must follow: a slow trainer learns, too
 MAX_PASSES = 50  # over the rows received: beyond it training waits for fresh traffic instead of learning it by heart
 
 
@@ -73,6 +74,7 @@ class TrainerLoop:
         self._allowed = self._learner.tokens  # rows that may be trained on in all
         self._gated_step = self._saved_step = self._learner.steps
         self._gated_at = self._saved_at = clock()
+        self._trained_s = self._gate_s = 0.0  # since the last gate; of the last gate
         self.last_step: StepMetrics | None = None
         self.last_verdict: Verdict | None = None
 
@@ -151,7 +153,8 @@ class TrainerLoop:
     @property
     def _due_publication(self) -> bool:
         interval = self._clock() - self._gated_at >= self._settings.publish_interval_s
-        return interval and self._learner.steps > self._gated_step
+        earned = self._trained_s >= _TRAINING_PER_GATE * self._gate_s or not self._can_train
+        return interval and earned and self._learner.steps > self._gated_step
 
     @property
     def _due_checkpoint(self) -> bool:
@@ -160,6 +163,7 @@ class TrainerLoop:
 
     def train(self) -> StepMetrics:
         """One optimiser step on a batch from the replay."""
+        began = self._clock()
         rng = random.Random(f"{self._settings.seed}:{self._learner.steps}")
         with self._changed:
             windows = self._replay.sample(self._settings.batch_rows, rng)
@@ -167,6 +171,7 @@ class TrainerLoop:
         oldest = self.version - self._settings.max_staleness if self._settings.rejected_weight else None
         batch = build_batch(windows, self._settings.ttt_steps, oldest_version=oldest, device=self._device)
         metrics = self._learner.step(batch)
+        self._trained_s += self._clock() - began
         self.last_step = metrics
         replay = {f"replay_{name}": value for name, value in asdict(stats).items()}
         self._sinks.learning(
@@ -185,6 +190,7 @@ class TrainerLoop:
         self._adapt_vocabulary()
         k_max = self.config.speculation.k_max
         verdict = judge(self._learner.model, self._live, sequences, k_max, self._settings.gate_margin)
+        self._trained_s, self._gate_s = 0.0, self._clock() - self._gated_at
         self.last_verdict = verdict
         log.info("gate: %.3f against %.3f live", verdict.candidate.length, verdict.live.length)
         return self._release(verdict) if verdict.passed else None

@@ -16,7 +16,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 def target_probabilities(hidden: Tensor, head: Tensor) -> Tensor:
     """p [n, D] of the target's last hidden states [n, H] under the head rows [D, H] of the draft vocabulary."""
-    return (hidden @ head.T).softmax(-1)
+    return (hidden @ head.T).float().softmax(-1)
 
 
 def forward_kl(logits: Tensor, p: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from aurora.local_server import LocalServer
 
@@ -77,3 +78,12 @@ class ServedModel(LocalServer):
 def random_prompts(count: int, seed: int = 0) -> list[list[int]]:
     rng = np.random.default_rng(seed)
     return [rng.integers(4, 300, int(rng.integers(8, 60))).tolist() for _ in range(count)]
+
+
+def end(pid: int) -> None:
+    """End a process that a test started, and those below it: SIGTERM, after a while SIGKILL."""
+    process = psutil.Process(pid)
+    mine = [process, *process.children(recursive=True)]
+    process.terminate()
+    for left in psutil.wait_procs(mine, timeout=20)[1]:
+        left.kill()

@@ -30,7 +30,7 @@ Samples = list[list[tuple[int, ...]]]  # [setting x prompt][sample]
 @pytest.fixture(scope="module")
 def drafter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> DrafterVersion:
     store = DrafterStore(tmp_path_factory.mktemp("store"))
-    return ensure_drafter(store, tiny_model, SpeculationConfig(draft_vocab=320), 0)
+    return ensure_drafter(store, tiny_model, SpeculationConfig(draft_vocab=300), 0)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -132,7 +132,7 @@ def test_drafts_leave_the_distribution_as_it_is(
 ) -> None:
     samples, report = _sample(tiny_model, **_aurora(drafter, method))
     assert report is not None
-    assert report.accepted_tokens[drafter.number] > 1000, "drafts were accepted, so speculation had its say"
+    assert report.accepted_tokens[drafter.number] > 500, "drafts were accepted, so speculation had its say"
     p = _p_values(target, samples)
     assert len(p) == len(SETTINGS) * len(PROMPTS) * TOKENS
     assert min(p) * len(p) > 0.001, f"smallest of {len(p)} p-values (Bonferroni): {sorted(p)[:5]}"

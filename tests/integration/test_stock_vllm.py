@@ -14,18 +14,10 @@ import pytest
 
 from aurora.environment import engine_environment
 from aurora.store import DrafterStore
-from tests.integration.process import ServedModel
+from tests.integration.process import ServedModel, end
 
 pytestmark = pytest.mark.engine
-
-# The command `vllm`, which asks for its version under a name that the CPU build's package does not have.
-VLLM = """
-import importlib.metadata as metadata, sys
-version = metadata.version
-metadata.version = lambda name: "0" if name == "vllm" else version(name)
-from vllm.entrypoints.cli.main import main
-sys.exit(main())
-"""
+VLLM = Path(__file__).with_name("vllm_command.py")
 
 
 def _get(url: str) -> str:
@@ -40,7 +32,7 @@ def test_stock_vllm_serves_a_published_drafter(learning: ServedModel, tiny_model
     assert newest is not None
     speculation = {"method": "eagle3", "model": str(store.read(newest).path), "num_speculative_tokens": 3}
     url = "http://127.0.0.1:18765"
-    command = [sys.executable, "-c", VLLM, "serve", tiny_model, "--port=18765", "--host=127.0.0.1"]
+    command = [sys.executable, VLLM, "serve", tiny_model, "--port=18765", "--host=127.0.0.1"]
     flags = [
         "--enforce-eager",
         "--dtype=float32",
@@ -66,8 +58,7 @@ def test_stock_vllm_serves_a_published_drafter(learning: ServedModel, tiny_model
         accepted = re.findall(r"^vllm:spec_decode_num_accepted_tokens_total\S* (\S+)$", _get(f"{url}/metrics"), re.M)
         assert sum(map(float, accepted)) > 0
     finally:
-        process.terminate()
-        process.wait(60)
+        end(process.pid)
 
 
 def _wait(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
