@@ -1,0 +1,148 @@
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from prometheus_client import CollectorRegistry
+from safetensors.torch import save_file
+
+from aurora.store import DrafterStore
+from serve.exporter import PrometheusExporter
+from serve.feedback import SwapFailed, TraceForwarder, TrainerUnavailable, swap, swap_forever
+
+
+class Engine:
+    """Plays vLLM's client: answers `collective_rpc` from a table and notes the calls."""
+
+    def __init__(self, **answers: Callable[..., Any]) -> None:
+        self.calls: list[str] = []
+        self.errored = False
+        self.answers: dict[str, Callable[..., Any]] = {
+            "aurora_checksums": lambda: ("target", "drafter"),
+            "aurora_stage": lambda number: None,
+            "aurora_staged": lambda: True,
+            "aurora_commit": lambda: 0.01,
+            **answers,
+        }
+        self.drafter = SimpleNamespace(number=1)
+
+    @property
+    def client(self) -> "Engine":
+        return self
+
+    async def collective_rpc(self, name: str, args: tuple = ()) -> list[Any]:
+        self.calls.append(name)
+        return [self.answers[name](*args)]
+
+
+def fails(message: str) -> Callable[..., Any]:
+    def answer(*_: Any) -> Any:
+        raise Exception(message)
+
+    return answer
+
+
+@pytest.fixture
+def exporter() -> PrometheusExporter:
+    return PrometheusExporter(CollectorRegistry())
+
+
+def count(exporter: PrometheusExporter, name: str) -> float:
+    return sum(s.value for m in exporter._counters[name].collect() for s in m.samples if s.name == name)
+
+
+def save(directory: Path) -> None:
+    save_file({"w": torch.zeros(1)}, directory / "model.safetensors")
+
+
+async def until(happened: Callable[[], bool]) -> None:
+    for _ in range(5000):
+        if happened():
+            return
+        await asyncio.sleep(0.001)
+    raise AssertionError("it did not happen")
+
+
+async def test_a_swap_takes_the_targets_checksum_before_and_after() -> None:
+    engine = Engine()
+    assert await swap(engine, 2) == 0.01
+    assert engine.calls == ["aurora_checksums", "aurora_stage", "aurora_staged", "aurora_commit", "aurora_checksums"]
+
+
+@pytest.mark.parametrize("step", ["aurora_stage", "aurora_staged", "aurora_commit"])
+async def test_a_refused_version_is_no_reason_to_stop(step: str) -> None:
+    with pytest.raises(SwapFailed, match="NaN"):
+        await swap(Engine(**{step: fails("model.safetensors holds NaN")}), 2)
+
+
+async def test_a_target_that_changed_ends_the_server() -> None:
+    checksums = iter([("a", ""), ("b", "")])
+    with pytest.raises(RuntimeError, match="changed the target: checksum a became b"):
+        await swap(Engine(aurora_checksums=lambda: next(checksums)), 2)
+
+
+async def test_a_dead_engine_is_not_mistaken_for_a_bad_version() -> None:
+    engine = Engine(aurora_commit=fails("engine died"))
+    engine.errored = True
+    with pytest.raises(Exception, match="engine died") as raised:
+        await swap(engine, 2)
+    assert not isinstance(raised.value, SwapFailed)
+
+
+async def test_a_refused_version_is_counted_and_the_next_one_tried(
+    tmp_path: Path, exporter: PrometheusExporter
+) -> None:
+    store, staged = DrafterStore(tmp_path), []
+
+    def stage(number: int) -> None:
+        staged.append(number)
+        if number == 2:
+            raise Exception("refused")
+
+    for _ in range(2):
+        store.publish(save, {})
+    task = asyncio.create_task(swap_forever(Engine(aurora_stage=stage), store, exporter, poll_s=0.001))
+    await until(lambda: count(exporter, "aurora_swap_failures_total") == 1)
+    store.publish(save, {})
+    await until(lambda: 3 in staged)
+    await asyncio.sleep(0.02)
+    task.cancel()
+    assert staged == [2, 3], "each is tried once"
+
+
+async def test_a_busy_trainer_costs_traces_and_they_are_counted(exporter: PrometheusExporter) -> None:
+    gate, taken = asyncio.Event(), []
+
+    async def ingest(payload: bytes) -> None:
+        taken.append(payload)
+        await gate.wait()
+
+    forwarder = TraceForwarder(ingest, exporter)
+    forwarder.send(b"a", 3)
+    await asyncio.sleep(0)
+    forwarder.send(b"b", 4)
+    assert count(exporter, "aurora_traces_dropped_total") == 4
+    gate.set()
+    await asyncio.sleep(0.01)
+    forwarder.send(b"c", 5)
+    await asyncio.sleep(0.01)
+    assert taken == [b"a", b"c"]
+
+
+async def test_a_dead_trainer_is_shown_and_its_traces_are_counted(
+    exporter: PrometheusExporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve.feedback._TRAINER_PAUSE_S", 0.0)
+
+    async def ingest(_: bytes) -> None:
+        raise TrainerUnavailable("ActorDiedError")
+
+    forwarder = TraceForwarder(ingest, exporter)
+    forwarder.send(b"a", 3)
+    await asyncio.sleep(0.01)
+    assert count(exporter, "aurora_traces_dropped_total") == 3
+    (alive,) = [s.value for m in exporter._gauges["aurora_trainer_alive"].collect() for s in m.samples]
+    assert alive == 0

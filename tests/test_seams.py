@@ -1,0 +1,71 @@
+"""The places of vLLM that Aurora builds on: each fails here, by name, when vLLM moves it."""
+
+import inspect
+
+import pytest
+import torch
+
+from serve import sampling_shim
+from serve.worker import _RUNNER_SEAMS
+
+
+def test_the_model_runner_has_the_wrapped_methods() -> None:
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    for name in (*_RUNNER_SEAMS, "_get_spec_decode_draft_probs"):
+        assert callable(getattr(GPUModelRunner, name, None)), f"GPUModelRunner.{name} is gone (serve/worker.py)"
+
+
+def test_the_runners_state_carries_what_capture_reads() -> None:
+    from vllm.v1.worker.gpu_model_runner import ExecuteModelState
+
+    needed = {"scheduler_output", "spec_decode_metadata", "hidden_states", "aux_hidden_states"}
+    assert needed <= set(ExecuteModelState._fields), "serve/capture.py reads these"
+
+
+def test_the_scheduler_has_the_overridden_methods() -> None:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    expected = {
+        "schedule": ["self", "throttle_prefills"],
+        "update_from_output": ["self", "scheduler_output", "model_runner_output"],
+        "update_draft_token_ids": ["self", "draft_token_ids"],
+    }
+    for name, arguments in expected.items():
+        found = list(inspect.signature(getattr(Scheduler, name)).parameters)
+        assert found == arguments, f"Scheduler.{name} has changed (serve/scheduler.py)"
+    fields = set(SchedulerOutput.__dataclass_fields__)
+    assert {"num_spec_tokens_to_schedule", "scheduled_spec_decode_tokens", "num_scheduled_tokens"} <= fields
+
+
+def test_the_app_can_be_hosted() -> None:
+    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+    from vllm.entrypoints.launchers.app import build_app
+
+    assert list(inspect.signature(build_app).parameters)[:3] == ["args", "supported_tasks", "model_config"]
+    assert list(inspect.signature(init_app_state).parameters)[:3] == ["engine_client", "state", "args"]
+
+
+def test_the_sampling_repair_replaces_a_function_of_the_same_signature() -> None:
+    from vllm.v1.sample import rejection_sampler
+
+    theirs = inspect.signature(rejection_sampler.expand_batch_to_tokens)
+    assert list(inspect.signature(sampling_shim.expand_batch_to_tokens).parameters) == list(theirs.parameters)
+
+
+def test_the_sampling_repair_expands_floats_and_integers() -> None:
+    bounds = torch.tensor([2, 2, 5])
+    expand = sampling_shim.expand_batch_to_tokens
+    assert torch.equal(expand(torch.tensor([0.7, 1.0, 0.0]), bounds, 5), torch.tensor([0.7, 0.7, 0, 0, 0]))
+    assert torch.equal(expand(torch.tensor([0.7, 1.0, 0.0]), bounds, 5, 0, 1), torch.tensor([0.7, 0.7, 1, 1, 1]))
+    assert torch.equal(expand(torch.tensor([5, 6, 7]), bounds, 5), torch.tensor([5, 5, 7, 7, 7]))
+
+
+def test_a_runner_without_the_seams_is_refused() -> None:
+    from serve.worker import AuroraWorker
+
+    worker = AuroraWorker()
+    worker.model_runner = object()
+    with pytest.raises(RuntimeError, match=r"lacks sample_tokens.*VLLM_USE_V2_MODEL_RUNNER=0"):
+        worker.aurora_install({})
