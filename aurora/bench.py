@@ -122,7 +122,8 @@ def run(options: BenchOptions) -> int:
             try:
                 server.wait_ready()  # one after the other: together they would starve each other
             except RuntimeError as error:
-                raise UserError(f"the arm {name!r} did not start: {error}") from error
+                reason = str(error).split("aurora: error: ")[-1].strip()
+                raise UserError(f"the arm {name!r} did not start: {reason}") from error
             servers[name] = server.url
         result = asyncio.run(measure(servers, prompts, options))
     _show(result)

@@ -9,7 +9,14 @@ from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 from aurora import __version__
-from aurora.options import add_bench_options, add_config_options, add_traffic_options, read_config
+from aurora.options import (
+    add_bench_options,
+    add_config_options,
+    add_traffic_options,
+    read_config,
+    refuse_controlled,
+    split_model,
+)
 
 _Command = Callable[[argparse.Namespace, list[str]], int]
 _Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -50,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser(
         "bench",
         help="compare speeds with and without speculation",
+        usage="aurora bench [MODEL] [flags] [vLLM flags]",
         description="Serve MODEL in several ways at once and compare their speeds; other flags go to vLLM.",
         allow_abbrev=False,
     )
@@ -113,8 +121,11 @@ def _traffic(known: argparse.Namespace, _rest: list[str]) -> int:
 def _bench(known: argparse.Namespace, rest: list[str]) -> int:
     options = {name: value for name, value in vars(known).items() if name not in ("run", "passes_rest")}
     from aurora.bench import BenchOptions, run
+    from aurora.config import DEFAULT_MODEL
 
-    return run(BenchOptions(**options, vllm_args=tuple(rest)))
+    model, vllm_args = split_model(rest)
+    refuse_controlled(vllm_args)
+    return run(BenchOptions(**options, model=model or DEFAULT_MODEL, vllm_args=vllm_args))
 
 
 if __name__ == "__main__":

@@ -157,11 +157,11 @@ def add_traffic_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_bench_options(parser: argparse.ArgumentParser) -> None:
-    """The flags of `aurora bench`; names and defaults are those of `BenchOptions`, which checks the values."""
-    from aurora.config import DEFAULT_MODEL
+    """The flags of `aurora bench`; names and defaults are those of `BenchOptions`, which checks the values.
 
+    MODEL is not among them: like that of `aurora serve` it is found by `split_model`.
+    """
     add = parser.add_argument
-    add("model", metavar="MODEL", nargs="?", default=DEFAULT_MODEL, help="default: %(default)s")
     add("--dataset", metavar="DATASET", help="JSONL file or `datasets` name; default: a dozen prompts of our own")
     add("--variant", help="only rows of this variant")
     add("--drafter", type=Path, metavar="DIR", help="published drafter to speculate with; default: the untrained one")

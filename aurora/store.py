@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 READY = "READY"
+_STAGING = ".publish-"
 _VERSION_DIR = re.compile(r"v(\d{6,})")
 _ALLOWED_SUFFIXES = (".json", ".safetensors")
 
@@ -62,7 +63,8 @@ class DrafterStore:
         `metadata` must be JSON. Raises DrafterRefused if the files written are not plain JSON and safetensors; then, as
         on any other exception, nothing becomes visible.
         """
-        staging = Path(tempfile.mkdtemp(prefix=".publish-", dir=self.root))
+        staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=self.root))
+        staging.chmod(0o755)  # mkdtemp's 0700 would keep a server of another user out
         try:
             write(staging)
             files = _plain_files(staging)
@@ -129,7 +131,12 @@ class DrafterStore:
         return version
 
     def prune(self, keep: int) -> list[int]:
-        """Remove all but the newest `keep` versions; returns the numbers removed. Call from the writer only."""
+        """Remove all but the newest `keep` versions; returns the numbers removed. Call from the writer only.
+
+        What a writer that died left behind goes, too.
+        """
+        for abandoned in self.root.glob(f"{_STAGING}*"):
+            shutil.rmtree(abandoned)
         removed = self.versions()[: -keep or None]
         for number in removed:
             (self._path(number) / READY).unlink()

@@ -166,3 +166,18 @@ def test_traffic_has_a_flag_for_every_option_with_its_default(monkeypatch: pytes
 def test_a_bad_traffic_option_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--limit 0" in fails(capsys, "traffic", "x.jsonl", "--limit", "0")
     assert "no such file" in fails(capsys, "traffic", "/none.jsonl")
+
+
+def test_bench_takes_the_model_first_and_passes_other_flags_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from aurora import bench
+
+    seen: list[bench.BenchOptions] = []
+    monkeypatch.setattr(bench, "run", lambda options: seen.append(options) or 0)
+    assert main(["bench"]) == 0
+    assert main(["bench", "m", "--rounds", "2", "--concurrency", "2,8", "--max-model-len", "512"]) == 0
+    assert seen[0] == bench.BenchOptions()
+    assert seen[1] == bench.BenchOptions(model="m", rounds=2, concurrency=(2, 8), vllm_args=("--max-model-len", "512"))
+    assert "--rounds 0" in fails(capsys, "bench", "--rounds", "0")
+    assert "--scheduler-cls" in fails(capsys, "bench", "--scheduler-cls", "x")

@@ -196,3 +196,14 @@ def test_pruning_keeps_the_newest(store: DrafterStore, keep: int, left: list[int
 def test_the_record_is_json_that_stock_tools_read(store: DrafterStore) -> None:
     version = store.publish(writer(), {"gate": 2.5})
     assert json.loads((version.path / READY).read_text())["metadata"] == {"gate": 2.5}
+
+
+def test_what_a_dead_writer_left_is_pruned_and_versions_are_readable_by_others(tmp_path: Path) -> None:
+    store = DrafterStore(tmp_path)
+    abandoned = tmp_path / ".publish-dead"
+    abandoned.mkdir()
+    (abandoned / "model.safetensors").write_bytes(b"half")
+    version = store.publish(lambda d: (d / "model.safetensors").write_bytes(b"whole"), {})
+    assert store.prune(2) == []
+    assert not abandoned.exists()
+    assert version.path.stat().st_mode & 0o755 == 0o755
