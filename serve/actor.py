@@ -31,6 +31,7 @@ class Server:
 
     def __init__(self, config: AuroraConfig, model_dir: Path, trainer: str | None, reporter: str | None) -> None:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        logging.getLogger("serve").setLevel(logging.INFO)  # whatever the libraries do to the root logger
         self.config = config
         self.model_dir = model_dir
         self.trainer = _find(trainer)
