@@ -8,6 +8,8 @@ prompts; an arm's ratio is to `--no-speculation` within the round, and the media
 import asyncio
 import json
 import os
+import signal
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -113,6 +115,7 @@ class BenchResult:
 def run(options: BenchOptions) -> int:
     """Start the arms, measure, print the table; 0 when done. Raises UserError for what the user can mend."""
     prompts = _prompts(options)
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))  # so that the servers end with us
     with tempfile.TemporaryDirectory(prefix="aurora-bench-") as scratch, ExitStack() as stack:
         servers = {}
         for name, flags in arms(options).items():
