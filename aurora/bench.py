@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
@@ -28,8 +29,13 @@ from aurora.prompts import Conversation, read_prompts
 from aurora.scrape import Scrape, parse_scrape, tokens_per_step
 from aurora.sender import Record, Sender
 
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI
+
 BASELINE = "no speculation"
 _REQUEST_TIMEOUT_S = 600.0
+_COUNTER_LIMIT_S = 30.0
+_COUNTER_POLL_S = 0.1
 _PROMPTS = (
     "Explain in three sentences why the sky is blue.",
     "Write a Python function that returns the n-th Fibonacci number.",
@@ -191,18 +197,30 @@ async def _send(
             for _ in range(concurrency):
                 tasks.create_task(work())
         seconds = time.monotonic() - start
-        await asyncio.sleep(1.0)  # the counters lag the engine by one collection
-        after = await _scrape(client, url)
-    failed = [r.error for r in records if r.error is not None]
-    if failed:
-        raise UserError(f"{url}: {len(failed)} of {len(records)} requests failed, the first with: {failed[0]}")
-    tokens = sum(r.completion_tokens for r in records)
+        failed = [r.error for r in records if r.error is not None]
+        if failed:
+            raise UserError(f"{url}: {len(failed)} of {len(records)} requests failed, the first with: {failed[0]}")
+        tokens = sum(r.completion_tokens for r in records)
+        after = await _scrape_after(client, url, before, tokens)
     return tokens / seconds, tokens_per_step(before, after), tokens
 
 
-async def _scrape(client: "object", url: str) -> Scrape:
-    page: str = await client.get(f"{url}/metrics", cast_to=str)  # type: ignore[attr-defined]
-    return parse_scrape(page)
+async def _scrape(client: "AsyncOpenAI", url: str) -> Scrape:
+    return parse_scrape(await client.get(f"{url}/metrics", cast_to=str))
+
+
+async def _scrape_after(client: "AsyncOpenAI", url: str, before: Scrape, tokens: int) -> Scrape:
+    """The counters once they hold `tokens` more: they lag the engine by a collection. Without speculation: as they are.
+
+    Raises UserError when they do not get there: then tokens are not counted as they should be.
+    """
+    end = time.monotonic() + _COUNTER_LIMIT_S
+    while (after := await _scrape(client, url)).live_version is not None and after.emitted - before.emitted < tokens:
+        if time.monotonic() > end:
+            counted = after.emitted - before.emitted
+            raise UserError(f"{url}/metrics counts {counted:.0f} tokens of {tokens}: are others using this server?")
+        await asyncio.sleep(_COUNTER_POLL_S)
+    return after
 
 
 def _prompts(options: BenchOptions) -> list[Conversation]:

@@ -116,7 +116,7 @@ def _supervise(deployment: Deployment) -> int:
             if failures >= _MAX_FAILED_STARTS:
                 raise UserError(f"the server died {failures} times before it was ready; see {_ray_logs()}") from None
             log.warning("the server process died; it restarts with the newest published drafter")
-            time.sleep(_RESTART_PAUSE_S)
+            time.sleep(_RESTART_PAUSE_S)  # a server that dies at once must not be restarted in a tight loop
 
 
 def _announce(deployment: Deployment, running: Any) -> bool:

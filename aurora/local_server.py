@@ -46,7 +46,7 @@ class LocalServer:
                 return
             if self.process.poll() is not None:
                 break
-            time.sleep(_POLL_S)
+            time.sleep(_POLL_S)  # its log is a file, which outlives us and tells nobody when it grows
         self.stop()
         raise RuntimeError(f"aurora serve did not start; {self.log} ends with:\n{self.output()[-3000:]}")
 

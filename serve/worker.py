@@ -3,8 +3,8 @@
 The methods below are called through `collective_rpc`, which vLLM runs between two engine steps.
 """
 
-import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +46,8 @@ class AuroraWorker:
         drafter = runner.drafter.model
         self._swap = DrafterSwap(drafter, runner.get_model(), Path(settings["store_dir"]), settings["version"])
         self._swap.gated_rates = settings["gated_rates"]
-        self._stager: _Stager | None = None
+        self._stager = ThreadPoolExecutor(1, "aurora-stage")  # packing a drafter takes longer than a decode step
+        self._staged: Future[Staged] | None = None
         sink = TraceSink(settings["sink_bytes"]) if settings["sink_bytes"] else None
         self._hooks = RunnerHooks(
             runner, Capture(runner, sink, settings["prompt_tokens"], settings["top_m"]), self._swap
@@ -64,19 +65,19 @@ class AuroraWorker:
 
     def aurora_stage(self, number: int) -> None:
         """Begin to prepare a published version beside serving; ask `aurora_staged` whether it is done."""
-        self._stager = _Stager(self._swap, number)
+        self._staged = self._stager.submit(_stage, self._swap, number)
 
     def aurora_staged(self) -> bool:
         """Whether staging is done. Raises what it raised."""
-        assert self._stager is not None, "aurora_stage comes first"
-        return self._stager.done()
+        assert self._staged is not None, "aurora_stage comes first"
+        return self._staged.done() and self._staged.result() is not None
 
     def aurora_commit(self) -> float:
         """Exchange the live drafter for the staged one; seconds that the engine stood still."""
-        assert self._stager is not None, "aurora_stage comes first"
+        assert self._staged is not None, "aurora_stage comes first"
+        staged, self._staged = self._staged.result(), None
         started = time.perf_counter()
-        self._swap.commit(self._stager.result())
-        self._stager = None
+        self._swap.commit(staged)
         seconds = time.perf_counter() - started
         self._hooks.counter.swapped(self._swap.version, seconds)
         return seconds
@@ -86,32 +87,9 @@ class AuroraWorker:
         return self._swap.target_checksum(), self._swap.drafter_checksum()
 
 
-class _Stager:
-    """Runs `DrafterSwap.stage` in a thread: packing a drafter takes longer than a decode step."""
-
-    def __init__(self, swap: DrafterSwap, number: int) -> None:
-        self._staged: Staged | None = None
-        self._error: Exception | None = None
-        self._thread = threading.Thread(target=self._run, args=(swap, number), name="aurora-stage", daemon=True)
-        self._thread.start()
-
-    def _run(self, swap: DrafterSwap, number: int) -> None:
-        try:
-            with torch.inference_mode():
-                self._staged = swap.stage(number)
-        except Exception as error:  # noqa: BLE001 - handed to the caller, who raises it from `done`
-            self._error = error
-
-    def done(self) -> bool:
-        if self._error is not None:
-            raise self._error
-        return self._staged is not None
-
-    def result(self) -> Staged:
-        self._thread.join()
-        if not self.done() or self._staged is None:
-            raise RuntimeError("staging has not finished")
-        return self._staged
+@torch.inference_mode()
+def _stage(swap: DrafterSwap, number: int) -> Staged:
+    return swap.stage(number)
 
 
 class RunnerHooks:

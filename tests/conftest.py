@@ -27,12 +27,20 @@ def default_model() -> Path:
     return export_default_model(AuroraConfig().cache_dir)
 
 
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved tiny target model (`tests.tiny`)."""
+    from tests.tiny import write_target
+
+    return write_target(tmp_path_factory.mktemp("target"))
+
+
 @pytest.fixture
 def make_trace() -> Callable[..., DraftTrace]:
     """A verification step of k = 2 drafts, one of them accepted, at hidden size 4; keywords replace its fields."""
 
     def make(**fields: object) -> DraftTrace:
-        k = int(fields.get("k", 2))  # type: ignore[call-overload]
+        k = int(fields.get("k", 2))
         plain = {
             "request_id": "r",
             "step": 1,
@@ -53,6 +61,6 @@ def make_trace() -> Callable[..., DraftTrace]:
             "top_p": 1.0,
             "top_k": 0,
         }
-        return DraftTrace(**plain | fields)  # type: ignore[arg-type]
+        return DraftTrace(**plain | fields)
 
     return make

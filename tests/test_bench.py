@@ -40,7 +40,7 @@ def test_ratios_compare_within_a_round() -> None:
 )
 def test_values_that_make_no_sense(field: str, value: object) -> None:
     with pytest.raises(UserError, match=f"--{field.replace('_', '-')} .* above 0"):
-        BenchOptions(**{field: value})  # type: ignore[arg-type]
+        BenchOptions(**{field: value})
 
 
 class _Endpoint(BaseHTTPRequestHandler):

@@ -92,12 +92,12 @@ def test_lost_and_repeated_traces_never_misalign(requests: list[list[tuple[int, 
 
 
 def _make(**fields: object) -> DraftTrace:
-    k = int(fields["k"])  # type: ignore[call-overload]
+    k = int(fields["k"])
     plain = {
         "step": 0, "time_s": 0.0, "draft_q": np.ones(k, np.float32), "top_q_ids": np.zeros((k, 0), np.int32),
         "top_q": np.zeros((k, 0), np.float32), "drafter_version": 1, "temperature": 0.0, "top_p": 1.0, "top_k": 0,
     }  # fmt: skip
-    return DraftTrace(**plain | fields)  # type: ignore[arg-type]
+    return DraftTrace(**plain | fields)
 
 
 def test_a_gap_splits_the_request() -> None:

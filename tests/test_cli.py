@@ -116,7 +116,7 @@ def test_a_bad_setting_is_refused(setting: str, names: str, capsys: pytest.Captu
 def test_serve_hands_the_configuration_to_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[AuroraConfig] = []
     launcher = types.ModuleType("aurora.launch")
-    launcher.serve = lambda config: seen.append(config) or 7  # type: ignore[attr-defined]
+    launcher.serve = lambda config: seen.append(config) or 7
     monkeypatch.setitem(sys.modules, "aurora.launch", launcher)
     assert main(["serve", "m", "--k-max", "6"]) == 7
     assert seen[0].speculation.k_max == 6
@@ -127,7 +127,7 @@ def test_errors_that_are_not_the_users_keep_their_traceback(monkeypatch: pytest.
         raise ValueError("a bug")
 
     launcher = types.ModuleType("aurora.launch")
-    launcher.serve = broken  # type: ignore[attr-defined]
+    launcher.serve = broken
     monkeypatch.setitem(sys.modules, "aurora.launch", launcher)
     with pytest.raises(ValueError, match="a bug"):
         main(["serve"])

@@ -65,7 +65,7 @@ def test_an_override_below_a_plain_value_is_refused(tmp_path: Path) -> None:
 
 def test_the_tree_is_frozen() -> None:
     with pytest.raises(ValidationError, match="frozen"):
-        AuroraConfig().server.port = 1  # type: ignore[misc]
+        AuroraConfig().server.port = 1
 
 
 def test_nothing_is_learned_without_speculation() -> None:

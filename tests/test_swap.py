@@ -138,7 +138,7 @@ def test_a_fault_at_any_write_puts_the_last_good_drafter_back(
 
     monkeypatch.setattr(swap, "_overwrite", failing)
     if fail_at == len(staged.tensors):  # after the last write: the comparison finds another value
-        monkeypatch.setattr(live, "_verify", lambda _: failing(None, None))  # type: ignore[arg-type]
+        monkeypatch.setattr(live, "_verify", lambda _: failing(None, None))
     with pytest.raises(RuntimeError, match="fault"):
         live.commit(staged)
     assert all(torch.equal(before[name], value) for name, value in state(live).items())

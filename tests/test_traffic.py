@@ -18,6 +18,7 @@ from aurora.metrics import EngineReport
 from aurora.traffic import TrafficOptions, arrivals, run
 from aurora.traffic_result import Record, boundaries, summarise
 from serve.exporter import PrometheusExporter
+from tests.waiting import wait_until
 
 
 class Endpoint:
@@ -283,9 +284,7 @@ def test_interrupt_prints_and_writes_what_was_done(endpoint, tmp_path):
     result = tmp_path / "result.json"
     arguments = [sys.executable, "-c", call, dataset(tmp_path, prompts(10)), endpoint.url, str(result)]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 60
-        while len(endpoint.bodies) < 6 and time.monotonic() < deadline:
-            time.sleep(0.05)
+        wait_until(lambda: len(endpoint.bodies) >= 6, 60, "fewer than six requests arrived")
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err

@@ -1,6 +1,5 @@
 import os
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,14 +8,10 @@ import pytest
 
 from aurora.store import DrafterStore
 from aurora.trace import DraftTrace, encode_traces
-from tests.tiny import TinyServer, half_right, prompts, tiny_config, write_target
+from tests.tiny import TinyServer, half_right, prompts, tiny_config
+from tests.waiting import wait_until
 
 ray = pytest.importorskip("ray")
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_target(tmp_path_factory.mktemp("target"))
 
 
 @pytest.fixture(scope="module")
@@ -41,17 +36,17 @@ def cluster() -> Iterator[None]:
 
 def wait_for(actor: Any, condition: Any, limit_s: float = 60) -> dict[str, Any]:
     """The first status that fulfils `condition`; an actor that restarts meanwhile is asked again."""
-    end = time.monotonic() + limit_s
-    status: dict[str, Any] = {}
-    while time.monotonic() < end:
+    seen: list[dict[str, Any]] = []
+
+    def fulfilled() -> bool:
         try:
-            status = ray.get(actor.status.remote(), timeout=limit_s)
-            if condition(status):
-                return status
+            seen.append(ray.get(actor.status.remote(), timeout=limit_s))
         except ray.exceptions.RayActorError:
-            pass
-        time.sleep(0.1)
-    raise AssertionError(f"not in {limit_s} s: {status}")
+            return False
+        return bool(condition(seen[-1]))
+
+    wait_until(fulfilled, limit_s, "the trainer is not where it should be")
+    return seen[-1]
 
 
 def test_it_learns_publishes_and_survives_its_own_death(

@@ -4,14 +4,9 @@ import pytest
 import torch
 
 from drafters import Eagle3, Eagle3Config, TargetWeights, initialise
-from tests.tiny import DRAFT_VOCAB, TinyServer, half_right, prompts, write_target
+from tests.tiny import DRAFT_VOCAB, TinyServer, half_right, prompts
 from trainer.gate import _batches, judge, measure
 from trainer.sequence import OpenSequence, Sequence
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_target(tmp_path_factory.mktemp("target"))
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import torch
 from aurora.store import DrafterStore
 from aurora.trace import DraftTrace, encode_traces
 from drafters import TargetWeights, load_drafter
-from tests.tiny import TinyServer, half_right, prompts, tiny_config, write_target
+from tests.tiny import TinyServer, half_right, prompts, tiny_config
 from trainer.checkpoint import FILE
 from trainer.loop import Sinks, TrainerLoop
 
@@ -23,11 +23,6 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_target(tmp_path_factory.mktemp("target"))
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,7 @@ pytestmark = pytest.mark.engine
 def test_the_openai_routes_answer(learning: ServedModel) -> None:
     client = openai.OpenAI(base_url=f"{learning.url}/v1", api_key="none")
     name = client.models.list().data[0].id
-    messages = [{"role": "user", "content": "hello"}]
-    chat = client.chat.completions.create(model=name, messages=messages, max_tokens=8)  # type: ignore[arg-type]
+    chat = client.chat.completions.create(model=name, messages=[{"role": "user", "content": "hello"}], max_tokens=8)
     assert chat.usage is not None
     assert 0 < chat.usage.completion_tokens <= 8
     stream = client.completions.create(model=name, prompt="abc", max_tokens=8, stream=True)

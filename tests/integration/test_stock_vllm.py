@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -14,7 +13,8 @@ import pytest
 
 from aurora.environment import engine_environment
 from aurora.store import DrafterStore
-from tests.integration.process import ServedModel, end
+from tests.integration.process import START_LIMIT_S, ServedModel, end
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.engine
 VLLM = Path(__file__).with_name("vllm_command.py")
@@ -62,11 +62,12 @@ def test_stock_vllm_serves_a_published_drafter(learning: ServedModel, tiny_model
 
 
 def _wait(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
-    for _ in range(600):
+    def answers() -> bool:
         assert process.poll() is None, log.read_text()[-3000:]
         try:
             _get(f"{url}/health")
-            return
         except (urllib.error.URLError, ConnectionError):
-            time.sleep(0.5)
-    raise AssertionError(log.read_text()[-3000:])
+            return False
+        return True
+
+    wait_until(answers, START_LIMIT_S, f"stock vLLM does not answer; see {log}")

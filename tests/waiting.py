@@ -1,0 +1,14 @@
+"""Waiting for something that another process or thread does."""
+
+import time
+from collections.abc import Callable
+
+_LOOK_S = 0.05  # how often to look: there is no event to wait on across processes
+
+
+def wait_until(happened: Callable[[], bool], limit_s: float, what: str) -> None:
+    """Return as soon as `happened()`. Raises AssertionError naming `what` when it has not after `limit_s`."""
+    end = time.monotonic() + limit_s
+    while not happened():
+        assert time.monotonic() < end, f"after {limit_s:g} s: {what}"
+        time.sleep(_LOOK_S)
