@@ -2,21 +2,20 @@
 
 It owns no clock and no engine: `plan` is asked before a step, `observe_*` told after it. A drafter that skips a step
 keeps a hole in its KV cache, so a request is *warm* only while the drafter has read all of it; cold requests get no
-drafts for the rest of their life. When no speculation is the best choice the drafter is skipped, except for
-*explorers*: requests kept warm and drafted for within a budget, so that k = 0 never becomes a trap.
+drafts for the rest of their life. When no speculation is the best choice the drafter is skipped, except in *bursts* of
+exploration: for as long as the credit lasts every warm request gets at least one draft, so that k = 0 never becomes a
+trap. Reading a prompt is dear and one draft says little, hence bursts and not a trickle.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
 from aurora.acceptance import AcceptanceModel
-from aurora.goodput import Choice, StepTimeModel, StepWork, choose_lengths, evaluate
+from aurora.goodput import Choice, Floats, Ints, StepTimeModel, StepWork, choose_lengths, evaluate
 
-_FIRST_CREDIT_S = 1.0  # seconds of exploration granted at start and at each new drafter version
-_SKIP_MARGIN = 1.02  # no speculation must win by this much before requests are let go cold
+_BURST = 4.0  # credit of one burst, in plain steps; granted at start and at each new drafter version
 
 
 @dataclass(frozen=True)
@@ -27,6 +26,7 @@ class RequestView:
     context_tokens: int
     drafting: bool  # emits a token in this step, so that drafts can follow
     limit: int  # longest draft it may have
+    prefill_tokens: int = 0  # prompt tokens read in this step
     domain: str = ""
 
 
@@ -49,13 +49,13 @@ class SpeculationController:
 
     k_max: int
     fixed_k: int | None = None
-    exploration: float = 0.02  # share of engine time
+    exploration: float = 0.02  # share of the engine's steps
     acceptance: AcceptanceModel = field(init=False)
     step_time: StepTimeModel = field(default_factory=StepTimeModel)
     _cold: set[str] = field(default_factory=set)
     _known: set[str] = field(default_factory=set)
-    _explorers: set[str] = field(default_factory=set)
-    _credit_s: float = _FIRST_CREDIT_S
+    _credit: float = _BURST  # plain steps that exploration may still lose
+    _exploring: bool = True
 
     def __post_init__(self) -> None:
         self.acceptance = AcceptanceModel(self.k_max)
@@ -69,7 +69,8 @@ class SpeculationController:
             return Plan({v.request_id: min(self.fixed_k, v.limit) for v in drafting}, False, self._expected(drafting))
         if not self.step_time.ready:
             return Plan({v.request_id: min(1, v.limit) for v in drafting}, False, 0.0)
-        plan = self._best(batch, drafting)
+        self._exploring = self._credit > 0 if self._exploring else self._credit >= _BURST
+        plan = self._explore(batch, drafting) if self._exploring else self._exploit(batch, drafting)
         if plan.skip_drafter:
             self._cold.update(v.request_id for v in batch)
         return plan
@@ -77,7 +78,7 @@ class SpeculationController:
     def observe_step(self, work: StepWork, seconds: float) -> None:
         """A step took `seconds`; exploration earns its share of it."""
         self.step_time.observe(work, seconds)
-        self._credit_s = min(self._credit_s + self.exploration * seconds, _FIRST_CREDIT_S)
+        self._credit = min(self._credit + self.exploration, _BURST)
 
     def observe_verification(self, request_id: str, k: int, accepted: int) -> None:
         self.acceptance.observe(request_id, k, accepted)
@@ -85,62 +86,63 @@ class SpeculationController:
     def drafter_changed(self, gated_rates: list[float]) -> None:
         """Another drafter version drafts from now on: widen the estimates and look at it."""
         self.acceptance.drafter_changed(gated_rates)
-        self._credit_s = _FIRST_CREDIT_S
+        self._credit = _BURST
 
     def finish(self, request_ids: Iterable[str]) -> None:
         """Forget requests."""
         for request_id in request_ids:
             self.acceptance.finish(request_id)
-            for group in (self._cold, self._known, self._explorers):
-                group.discard(request_id)
+            self._cold.discard(request_id)
+            self._known.discard(request_id)
 
     def _meet(self, view: RequestView) -> None:
-        if view.request_id in self._known:
-            return
-        self._known.add(view.request_id)
-        self.acceptance.start(view.request_id, view.domain)
-        if self._credit_s > 0:
-            self._explorers.add(view.request_id)
+        if view.request_id not in self._known:
+            self._known.add(view.request_id)
+            self.acceptance.start(view.request_id, view.domain)
 
-    def _best(self, batch: list[RequestView], drafting: list[RequestView]) -> Plan:
-        ids = [v.request_id for v in drafting]
-        gains = self.acceptance.gains(ids)
-        limits = np.array([0 if v.request_id in self._cold else v.limit for v in drafting], dtype=np.int64)
-        base = _plain_step(drafting)
-        choice = choose_lengths(gains, limits, base, self.step_time)
-        if choice.cap:
-            return Plan(dict(zip(ids, choice.lengths, strict=True)), False, choice.emitted)
-        explorers = [v for v in batch if v.request_id in self._explorers and v.request_id not in self._cold]
-        if explorers and self._credit_s > 0:
-            return self._explore(explorers, drafting, choice)
-        skip = bool(batch) and not self._close_call(drafting, limits, choice)
-        return Plan(dict.fromkeys(ids, 0), skip, choice.emitted)
+    def _exploit(self, batch: list[RequestView], drafting: list[RequestView]) -> Plan:
+        choice = self._choose(drafting)
+        # A step may hold prompts only: the drafter reads them if their requests will be drafted for.
+        reading = choice.cap > 0 or (len(drafting) < len(batch) and self._choose(batch).cap > 0)
+        return _plan(drafting, choice, skip=not reading)
 
-    def _explore(self, explorers: list[RequestView], drafting: list[RequestView], plain: Choice) -> Plan:
-        """One draft for each warm explorer; the time it is expected to lose is taken from the credit."""
-        chosen = {v.request_id for v in explorers}
-        ids = [v.request_id for v in drafting]
-        lengths = np.array([min(1, v.limit) if v.request_id in chosen else 0 for v in drafting], dtype=np.int64)
-        base = _plain_step(drafting)
-        tried = evaluate(lengths, self.acceptance.gains(ids), base, self.step_time)
+    def _explore(self, batch: list[RequestView], drafting: list[RequestView]) -> Plan:
+        """At least one draft for every warm request; what this is expected to lose is taken from the credit."""
+        best = self._choose(drafting)
+        lengths = np.maximum(best.lengths, np.minimum(self._limits(drafting), 1))
+        tried = evaluate(lengths, self._gains(drafting), _plain_step(drafting), self.step_time)
+        reading = bool(self._limits(batch).any())
         if drafting:
-            self._credit_s -= max(0.0, tried.seconds - tried.emitted / plain.goodput)
-        return Plan(dict(zip(ids, tried.lengths, strict=True)), False, tried.emitted)
+            lost_s = tried.seconds - tried.emitted / best.goodput
+            self._credit -= max(lost_s, 0.0) / self.step_time.predict(_plain_step(drafting))
+        if reading and not best.cap:
+            self._credit -= self._reading_s(batch) / self.step_time.predict(_plain_step(batch))
+        return _plan(drafting, tried, skip=not reading)
 
-    def _close_call(self, drafting: list[RequestView], limits: npt.NDArray[np.int64], plain: Choice) -> bool:
-        """Whether one draft for each warm request would be nearly as good as none: then stay warm."""
-        if not drafting or not limits.any():
-            return False
-        gains = self.acceptance.gains([v.request_id for v in drafting])
-        one = evaluate(np.minimum(limits, 1), gains, _plain_step(drafting), self.step_time)
-        return one.goodput * _SKIP_MARGIN >= plain.goodput
+    def _choose(self, views: list[RequestView]) -> Choice:
+        return choose_lengths(self._gains(views), self._limits(views), _plain_step(views), self.step_time)
+
+    def _gains(self, views: list[RequestView]) -> Floats:
+        return self.acceptance.gains([v.request_id for v in views])
+
+    def _limits(self, views: list[RequestView]) -> Ints:
+        return np.array([0 if v.request_id in self._cold else v.limit for v in views], dtype=np.int64)
+
+    def _reading_s(self, batch: list[RequestView]) -> float:
+        """Seconds in which the drafter reads the prompts of the step at hand; 0.0 if there are none."""
+        prompts = sum(v.prefill_tokens for v in batch)
+        plain, read = (StepWork(0, 0, prompts, 0, draft_first=first, draft_more=0) for first in (0, 1))
+        return self.step_time.predict(read) - self.step_time.predict(plain) if prompts else 0.0
 
     def _expected(self, drafting: list[RequestView]) -> float:
         if not self.step_time.ready or self.fixed_k is None:
             return 0.0
-        gains = self.acceptance.gains([v.request_id for v in drafting])
         lengths = np.array([min(self.fixed_k, v.limit) for v in drafting], dtype=np.int64)
-        return evaluate(lengths, gains, _plain_step(drafting), self.step_time).emitted
+        return evaluate(lengths, self._gains(drafting), _plain_step(drafting), self.step_time).emitted
+
+
+def _plan(drafting: list[RequestView], choice: Choice, skip: bool) -> Plan:
+    return Plan({v.request_id: k for v, k in zip(drafting, choice.lengths, strict=True)}, skip, choice.emitted)
 
 
 def _plain_step(drafting: list[RequestView]) -> StepWork:

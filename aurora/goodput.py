@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
+from scipy.optimize import nnls
 
 Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
 
 _MEMORY = 300.0  # steps after which an observation's weight has faded to 1/e
-_PRIOR_WEIGHT = 2.0  # steps that the prior counts for
+_PULL = 0.1  # steps that the last fit counts for
 _REFIT_EVERY = 8
 _OUTLIER = 3.0  # a step this many times slower than predicted is not the model's fault
 
@@ -31,6 +33,8 @@ class StepWork:
     draft_more: int  # further drafter passes, one token a request each
 
     def vector(self) -> Floats:
+        """One number for each cost of the model, [8]."""
+        read = self.draft_first * (self.requests + self.drafts + self.prefill_tokens)
         return np.array(
             [
                 1.0,
@@ -39,22 +43,25 @@ class StepWork:
                 self.prefill_tokens,
                 self.context_tokens * 1e-3,
                 self.draft_first,
+                read,
                 self.draft_more,
             ],
             dtype=np.float64,
         )
 
 
-# Prior cost of each feature as a share of the plain step's constant, in the order of StepWork.vector.
-_PRIOR_SHARES = np.array([1.0, 0.03, 0.08, 0.02, 0.02, 0.06, 0.05])
+# Prior cost of each feature as a share of the plain step's constant, in the order of StepWork.vector. Longer drafts are
+# guessed cheap, so that they are tried. The drafter's first pass is guessed dear: too dear is seen as soon as the pass
+# is left out, too cheap never is while every step has it.
+_PRIOR_SHARES = np.array([1.0, 0.03, 0.1, 0.02, 0.02, 0.25, 0.001, 0.05])
 
 
 @dataclass
 class StepTimeModel:
     """Non-negative least squares of step time on StepWork, forgetting old steps. Times in seconds."""
 
-    _gram: Floats = field(default_factory=lambda: np.zeros((7, 7)))
-    _moment: Floats = field(default_factory=lambda: np.zeros(7))
+    _gram: Floats = field(default_factory=lambda: np.zeros((8, 8)))
+    _moment: Floats = field(default_factory=lambda: np.zeros(8))
     _costs: Floats | None = None
     _seen: int = 0
     _errors: list[float] = field(default_factory=list)
@@ -86,16 +93,13 @@ class StepTimeModel:
         if self._seen % _REFIT_EVERY == 0:
             self._costs = self._fit(self._costs)
 
-    def _fit(self, prior: Floats) -> Floats:
-        """Minimise the weighted squares plus a pull to the last fit, by coordinate descent under costs >= 0."""
-        scale = np.maximum(prior, 1e-3 * prior[0] * _PRIOR_SHARES)
-        ridge = _PRIOR_WEIGHT / scale**2 * 0.05
-        gram = self._gram + np.diag(ridge)
-        moment = self._moment + ridge * prior
-        costs = prior.copy()
-        for _ in range(30):
-            for i in range(len(costs)):
-                costs[i] = max(0.0, costs[i] + (moment[i] - gram[i] @ costs) / gram[i, i])
+    def _fit(self, last: Floats) -> Floats:
+        """Minimise the weighted squares plus a pull to the last fit, under costs >= 0."""
+        scale = np.maximum(last, 1e-3 * last[0] * _PRIOR_SHARES)  # solve for costs / scale: well conditioned
+        gram = self._gram * np.outer(scale, scale) + _PULL * np.eye(len(scale))
+        root = np.linalg.cholesky(gram)
+        moment = self._moment * scale + _PULL * last / scale
+        costs: Floats = nnls(root.T, np.linalg.solve(root, moment))[0] * scale
         costs[0] = max(costs[0], 1e-6)
         return costs
 
@@ -122,7 +126,7 @@ class Choice:
         return max(self.lengths, default=0)
 
 
-def choose_lengths(gains: Floats, limits: npt.NDArray[np.int64], base: StepWork, model: StepTimeModel) -> Choice:
+def choose_lengths(gains: Floats, limits: Ints, base: StepWork, model: StepTimeModel) -> Choice:
     """The lengths that maximise goodput, exactly.
 
     gains: [requests, k_max] expected extra tokens of each draft position, not rising along a row.
@@ -139,7 +143,7 @@ def choose_lengths(gains: Floats, limits: npt.NDArray[np.int64], base: StepWork,
     return best
 
 
-def evaluate(lengths: npt.NDArray[np.int64], gains: Floats, base: StepWork, model: StepTimeModel) -> Choice:
+def evaluate(lengths: Ints, gains: Floats, base: StepWork, model: StepTimeModel) -> Choice:
     """Goodput of given lengths."""
     cap = int(lengths.max(initial=0))
     emitted = len(lengths) + float(sum(gains[i, :k].sum() for i, k in enumerate(lengths) if k))
@@ -159,9 +163,7 @@ def with_drafts(base: StepWork, drafts: int, cap: int) -> StepWork:
     )
 
 
-def _best_under_cap(
-    gains: Floats, limits: npt.NDArray[np.int64], cap: int, base: StepWork, model: StepTimeModel
-) -> npt.NDArray[np.int64]:
+def _best_under_cap(gains: Floats, limits: Ints, cap: int, base: StepWork, model: StepTimeModel) -> Ints:
     allowed = np.arange(gains.shape[1])[None, :] < limits[:, None]
     rows = np.broadcast_to(np.arange(len(gains))[:, None], gains.shape)[allowed]
     order = np.argsort(-gains[allowed], kind="stable")

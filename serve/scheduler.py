@@ -63,7 +63,7 @@ class AuroraScheduler(Scheduler):
         if not output.total_num_scheduled_tokens:
             return output
         self._expected = self._plan.expected_tokens
-        self._plan = self.controller.plan([self._view(r) for r in output.num_scheduled_tokens])
+        self._plan = self.controller.plan([self._view(r, output) for r in output.num_scheduled_tokens])
         output.num_spec_tokens_to_schedule = self._plan.cap
         self._work = self._work_of(output)
         setattr(output, NOTES, self._notes())
@@ -89,7 +89,7 @@ class AuroraScheduler(Scheduler):
             draft_token_ids.draft_token_ids[i] = draft_token_ids.draft_token_ids[i][:length]
         super().update_draft_token_ids(draft_token_ids)
 
-    def _view(self, request_id: str) -> RequestView:
+    def _view(self, request_id: str, output: "SchedulerOutput") -> RequestView:
         request = self.requests[request_id]
         room = self.max_model_len - request.num_tokens - 2
         left = request.max_tokens - request.num_output_tokens - 2  # the token of this step and the bonus need no draft
@@ -98,11 +98,12 @@ class AuroraScheduler(Scheduler):
             context_tokens=request.num_tokens,
             drafting=not request.is_prefill_chunk,
             limit=max(0, min(self.num_spec_tokens, room, left)),
+            prefill_tokens=0 if self._decodes(request_id, output) else output.num_scheduled_tokens[request_id],
         )
 
     def _work_of(self, output: "SchedulerOutput") -> StepWork:
         drafts = sum(len(d) for d in output.scheduled_spec_decode_tokens.values())
-        decoding = [r for r, n in output.num_scheduled_tokens.items() if self._decodes(r, n, output)]
+        decoding = [r for r in output.num_scheduled_tokens if self._decodes(r, output)]
         prefill = output.total_num_scheduled_tokens - drafts - len(decoding)
         cap = output.num_spec_tokens_to_schedule
         return StepWork(
@@ -114,8 +115,9 @@ class AuroraScheduler(Scheduler):
             draft_more=max(cap - 1, 0),
         )
 
-    def _decodes(self, request_id: str, scheduled: int, output: "SchedulerOutput") -> bool:
+    def _decodes(self, request_id: str, output: "SchedulerOutput") -> bool:
         drafts = len(output.scheduled_spec_decode_tokens.get(request_id, ()))
+        scheduled: int = output.num_scheduled_tokens[request_id]
         return scheduled == drafts + 1 and self.requests[request_id].num_output_tokens > 0
 
     def _notes(self) -> StepNotes:

@@ -64,7 +64,7 @@ def test_zero_is_not_a_trap():
 
 def test_a_cold_request_gets_no_drafts_again():
     controller = SpeculationController(4, exploration=0.0)
-    controller._credit_s = 0.0
+    controller._credit, controller._exploring = 0.0, False
     view = RequestView("a", 10, drafting=True, limit=4)
     controller.observe_step(StepWork(1, 0, 0, 10, 0, 0), 0.06)
     controller.acceptance.start("a")
@@ -95,6 +95,24 @@ def test_finished_requests_leave_nothing_behind():
     controller.plan([RequestView("a", 10, drafting=True, limit=4)])
     controller.finish(["a"])
     assert not controller._known
-    assert not controller._explorers
     with pytest.raises(KeyError):
         controller.acceptance.rates("a")
+
+
+def test_a_step_of_prompts_only_keeps_them_warm_while_the_drafter_is_good():
+    controller = SpeculationController(4, exploration=0.0)
+    _simulate(controller, rate=0.9, steps=300)
+    controller._credit, controller._exploring = 0.0, False
+    prompt = RequestView("new", 200, drafting=False, limit=4, prefill_tokens=200)
+    assert not controller.plan([prompt]).skip_drafter
+    assert controller.plan([RequestView("new", 201, drafting=True, limit=4)]).lengths["new"] > 0
+
+
+def test_reading_a_long_prompt_to_explore_is_paid_for():
+    controllers = [SpeculationController(4, exploration=0.0) for _ in range(2)]
+    for controller, prompt_tokens in zip(controllers, (10, 1000), strict=True):
+        _simulate(controller, rate=0.0, steps=300)
+        controller._credit, controller._exploring = 4.0, True
+        controller.plan([RequestView("new", 10, drafting=False, limit=4, prefill_tokens=prompt_tokens)])
+    short, long = controllers
+    assert 4.0 > short._credit > long._credit

@@ -28,7 +28,7 @@ def _cases(draw):
     rates = np.array([[draw(rate) for _ in range(k_max)] for _ in range(requests)])
     limits = np.array([draw(st.integers(0, k_max)) for _ in range(requests)])
     cost = st.floats(0.0, 0.2)
-    costs = [draw(st.floats(0.01, 1.0)), *[draw(cost) for _ in range(6)]]
+    costs = [draw(st.floats(0.01, 1.0)), *[draw(cost) for _ in range(7)]]
     return np.cumprod(rates, axis=1), limits, costs
 
 
@@ -45,26 +45,26 @@ def test_choice_equals_brute_force(case):
 
 
 def test_certain_acceptance_and_free_drafts_take_the_longest():
-    choice = choose_lengths(np.ones((2, 4)), np.array([4, 4]), _work(requests=2), _model([1.0, 0, 0, 0, 0, 0, 0]))
+    choice = choose_lengths(np.ones((2, 4)), np.array([4, 4]), _work(requests=2), _model([1.0, *[0] * 7]))
     assert choice.lengths == (4, 4)
 
 
 def test_hopeless_drafts_are_not_made():
     choice = choose_lengths(
-        np.zeros((2, 4)), np.array([4, 4]), _work(requests=2), _model([1.0, 0, 0.1, 0, 0, 0.1, 0.1])
+        np.zeros((2, 4)), np.array([4, 4]), _work(requests=2), _model([1.0, 0, 0.1, 0, 0, 0.1, 0, 0.1])
     )
     assert choice.lengths == (0, 0)
     assert choice.cap == 0
 
 
 def test_no_requests_is_an_empty_choice():
-    choice = choose_lengths(np.zeros((0, 3)), np.zeros(0, dtype=np.int64), _work(requests=0), _model([1.0] * 7))
+    choice = choose_lengths(np.zeros((0, 3)), np.zeros(0, dtype=np.int64), _work(requests=0), _model([1.0] * 8))
     assert choice.lengths == ()
 
 
 def test_step_time_model_recovers_costs():
     rng = np.random.default_rng(0)
-    true = np.array([0.05, 0.002, 0.01, 0.0004, 0.001, 0.006, 0.004])
+    true = np.array([0.05, 0.002, 0.01, 0.0004, 0.001, 0.006, 0.0001, 0.004])
     model = StepTimeModel()
     for _ in range(1500):
         cap = int(rng.integers(0, 5))
