@@ -90,13 +90,13 @@ class AcceptanceModel:
         """Conditional acceptance per position for a new request of `domain`, [k_max]."""
         rates = self._domains.get(domain) or PositionRates.empty(self.k_max)
         if self._prior is not None:
-            return _shrunk(rates, self._prior, _GATE_PRIOR)
+            return shrunk(rates, self._prior, _GATE_PRIOR)
         return _chained(rates, _OPTIMISM, _SHARED_PRIOR)
 
     def rates(self, request_id: str) -> Floats:
         """Conditional acceptance per position for a followed request, [k_max]."""
         domain, own = self._requests[request_id]
-        return _shrunk(own, self.shared_rates(domain), _REQUEST_PRIOR)
+        return shrunk(own, self.shared_rates(domain), _REQUEST_PRIOR)
 
     def gains(self, request_ids: list[str]) -> Floats:
         """Expected extra tokens of each further draft position: cumulative products of the rates, [requests, k_max]."""
@@ -106,7 +106,7 @@ class AcceptanceModel:
         return rates.cumprod(axis=1)
 
 
-def _shrunk(rates: PositionRates, prior: Floats, weight: float) -> Floats:
+def shrunk(rates: PositionRates, prior: Floats, weight: float) -> Floats:
     """Posterior mean of each position's rate under a Beta prior of that mean and weight."""
     posterior: Floats = np.add(rates.hits, weight * prior) / np.add(rates.trials, weight)
     return posterior

@@ -33,6 +33,13 @@ if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
 BASELINE = "no speculation"
+ARMS = {
+    "fixed": "neural drafter, the same k for all",
+    "vllm-ngram": "vLLM's own prompt lookup",
+    "table": "n-gram table alone",
+    "portfolio": "both drafters, chosen by goodput",
+    "learning": "the same with a trainer beside it",
+}
 _REQUEST_TIMEOUT_S = 600.0
 _COUNTER_LIMIT_S = 30.0
 _COUNTER_POLL_S = 0.1
@@ -65,7 +72,7 @@ class BenchOptions:
     requests: int = 4  # per arm, round and unit of concurrency
     max_tokens: int = 64
     fixed_k: int = 3
-    learning: bool = False  # one more arm: the goodput rule with the trainer running beside it
+    arms: tuple[str, ...] = ("fixed", "vllm-ngram", "portfolio")  # keys of ARMS, beside the baseline
     json_file: Path | None = None
     vllm_args: tuple[str, ...] = ()
 
@@ -74,6 +81,9 @@ class BenchOptions:
             value = getattr(self, name)
             if min(value if isinstance(value, tuple) else (value,)) < 1:
                 raise UserError(f"--{name.replace('_', '-')} {value}: must be above 0")
+        unknown = sorted(set(self.arms) - set(ARMS))
+        if unknown:
+            raise UserError(f"--arms {unknown[0]}: no such arm; choose from {', '.join(ARMS)}")
         if self.json_file is not None and not self.json_file.absolute().parent.is_dir():
             raise UserError(f"--json {self.json_file}: no such directory; create it first")
 
@@ -93,6 +103,7 @@ class Measurement:
 @dataclass
 class BenchResult:
     measurements: list[Measurement] = field(default_factory=list)
+    step_costs: dict[str, float] = field(default_factory=dict)  # seconds, as the last arm that has a rule fitted them
 
     def ratios(self, arm: str, concurrency: int) -> list[float]:
         """Tokens/s of `arm` over the baseline's, round by round."""
@@ -137,7 +148,11 @@ def run(options: BenchOptions) -> int:
         result = asyncio.run(measure(servers, prompts, options))
     _show(result)
     if options.json_file is not None:
-        rows = {"rows": list(result.rows()), "rounds": [asdict(m) for m in result.measurements]}
+        rows = {
+            "rows": list(result.rows()),
+            "rounds": [asdict(m) for m in result.measurements],
+            "step_costs": result.step_costs,
+        }
         options.json_file.write_text(json.dumps(rows, indent=1))
     return 0
 
@@ -145,14 +160,18 @@ def run(options: BenchOptions) -> int:
 def arms(options: BenchOptions) -> dict[str, tuple[str, ...]]:
     """Name and flags of each arm; the baseline first."""
     drafter = (f"--drafter={options.drafter.expanduser().resolve()}",) if options.drafter is not None else ()
-    k = f"--fixed-k={options.fixed_k}"
-    common = ("--set=reporter.mode=disabled", *options.vllm_args)
-    chosen = {
-        BASELINE: ("--no-speculation", *common),
-        f"fixed k = {options.fixed_k}": (k, "--no-learning", *drafter, *common),
-        "goodput rule": ("--no-learning", *drafter, *common),
+    k = options.fixed_k
+    lookup = {"method": "ngram", "num_speculative_tokens": k, "prompt_lookup_min": 2, "prompt_lookup_max": 4}
+    flags = {
+        "fixed": (f"--fixed-k={k}", "--drafters=eagle3", "--no-learning", *drafter),
+        "vllm-ngram": ("--no-speculation", f"--speculative-config={json.dumps(lookup)}"),
+        "table": ("--drafters=ngram", "--no-learning", *drafter),
+        "portfolio": ("--no-learning", *drafter),
+        "learning": drafter,
     }
-    return chosen | ({"goodput rule, learning": (*drafter, *common)} if options.learning else {})
+    common = ("--set=reporter.mode=disabled", *options.vllm_args)
+    chosen = {BASELINE: ("--no-speculation", *common)}
+    return chosen | {arm: (*flags[arm], *common) for arm in options.arms}
 
 
 async def measure(servers: dict[str, str], prompts: Sequence[Conversation], options: BenchOptions) -> BenchResult:
@@ -170,7 +189,16 @@ async def measure(servers: dict[str, str], prompts: Sequence[Conversation], opti
                     if number:
                         result.measurements.append(Measurement(name, concurrency, number, speed, steps, tokens))
                     progress.advance(task)
+    for url in servers.values():
+        result.step_costs = await _step_costs(url) or result.step_costs
     return result
+
+
+async def _step_costs(url: str) -> dict[str, float]:
+    import openai
+
+    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=_api_key(), max_retries=0) as client:
+        return (await _scrape(client, url)).step_costs
 
 
 async def _send(
@@ -181,9 +209,7 @@ async def _send(
 
     records: list[Record] = []
     queue = iter(batch)
-    async with openai.AsyncOpenAI(
-        base_url=f"{url}/v1", api_key=os.environ.get("AURORA_API_KEY") or "none", max_retries=0
-    ) as client:
+    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=_api_key(), max_retries=0) as client:
         model = (await client.models.list()).data[0].id
         fields = {"model": model, "temperature": 0.0, "max_tokens": options.max_tokens}
         sender = Sender(client, fields, _REQUEST_TIMEOUT_S)
@@ -203,6 +229,10 @@ async def _send(
         tokens = sum(r.completion_tokens for r in records)
         after = await _scrape_after(client, url, before, tokens)
     return tokens / seconds, tokens_per_step(before, after), tokens
+
+
+def _api_key() -> str:
+    return os.environ.get("AURORA_API_KEY") or "none"
 
 
 async def _scrape(client: "AsyncOpenAI", url: str) -> Scrape:

@@ -6,12 +6,14 @@ Exit codes: 0 done, 1 the work failed, 2 the user can put it right (one line on 
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from aurora import __version__
 from aurora.options import (
     add_bench_options,
     add_config_options,
+    add_record_options,
+    add_replay_options,
     add_traffic_options,
     read_config,
     refuse_controlled,
@@ -63,6 +65,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_bench_options(bench)
     bench.set_defaults(run=_bench, passes_rest=True)
+    record = commands.add_parser(
+        "record",
+        help="serve a data set once and keep what replaying it needs",
+        usage="aurora record DATASET [MODEL] --out DIR [flags] [vLLM flags]",
+        allow_abbrev=False,
+    )
+    add_record_options(record)
+    record.set_defaults(run=_record, passes_rest=True)
+    replay = commands.add_parser("replay", help="drafters and training over recorded requests", allow_abbrev=False)
+    add_replay_options(replay)
+    replay.set_defaults(run=_replay, passes_rest=False)
     doctor = commands.add_parser("doctor", help="say what this machine lacks", allow_abbrev=False)
     doctor.set_defaults(run=_doctor, passes_rest=False)
     return parser
@@ -112,20 +125,41 @@ def _add_traffic(commands: _Commands) -> None:
 
 
 def _traffic(known: argparse.Namespace, _rest: list[str]) -> int:
-    options = {name: value for name, value in vars(known).items() if name not in ("run", "passes_rest")}
     from aurora.traffic import TrafficOptions, run
 
-    return run(TrafficOptions(**options))
+    return run(TrafficOptions(**_options(known)))
 
 
 def _bench(known: argparse.Namespace, rest: list[str]) -> int:
-    options = {name: value for name, value in vars(known).items() if name not in ("run", "passes_rest")}
     from aurora.bench import BenchOptions, run
+
+    return run(BenchOptions(**_options(known), **_model_options(rest)))
+
+
+def _record(known: argparse.Namespace, rest: list[str]) -> int:
+    from aurora.record import RecordOptions, run
+
+    return run(RecordOptions(**_options(known), **_model_options(rest)))
+
+
+def _replay(known: argparse.Namespace, _rest: list[str]) -> int:
+    from aurora.replay import ReplayOptions, run
+
+    return run(ReplayOptions(**_options(known)))
+
+
+def _options(known: argparse.Namespace) -> dict[str, Any]:
+    """The flags of a command, without what the parser keeps for itself."""
+    return {name: value for name, value in vars(known).items() if name not in ("run", "passes_rest")}
+
+
+def _model_options(rest: list[str]) -> dict[str, Any]:
+    """MODEL and vLLM's flags."""
     from aurora.config import DEFAULT_MODEL
 
     model, vllm_args = split_model(rest)
     refuse_controlled(vllm_args)
-    return run(BenchOptions(**options, model=model or DEFAULT_MODEL, vllm_args=vllm_args))
+    return {"model": model or DEFAULT_MODEL, "vllm_args": vllm_args}
 
 
 if __name__ == "__main__":

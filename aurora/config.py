@@ -42,7 +42,12 @@ class SpeculationConfig(_Branch):
 
     enabled: bool = True
     k_max: int = Field(4, ge=1, le=16, description="longest draft; the engine reserves KV slots for it")
-    fixed_k: int | None = Field(None, ge=1, le=16, description="same k for every request instead of the goodput rule")
+    fixed_k: int | None = Field(None, ge=0, le=16, description="same k for every request instead of the goodput rule")
+    drafters: tuple[Literal["eagle3", "ngram"], ...] = Field(
+        ("eagle3", "ngram"), min_length=1, description="what drafts: the neural drafter, the table of served text"
+    )
+    ngram_mib: int = Field(512, ge=1, description="bound of the n-gram tables over finished requests")
+    isolate_tenants: bool = Field(True, description="never draft text from requests with another `cache_salt`")
     drafter: Path | None = Field(None, description="drafter directory to start from; default: made from the target")
     draft_vocab: int = Field(8192, ge=256, description="tokens that the drafter can propose")
     sample_drafts: Literal["greedy", "probabilistic"] = "greedy"
@@ -70,6 +75,7 @@ class TrainerConfig(_Branch):
     enabled: bool = True
     learning_rate: float = Field(5e-4, gt=0)
     warmup_steps: int = Field(20, ge=1)
+    loss: Literal["forward_kl", "reverse_kl", "jensen_shannon", "total_variation"] = "forward_kl"
     ttt_steps: int = Field(3, ge=1, le=16, description="training-time-test depth: steps on the drafter's own states")
     depth_decay: float = Field(0.8, gt=0, le=1, description="loss weight of depth j is depth_decay ** j")
     rejected_weight: float = Field(0.5, ge=0, description="loss weight of rows on rejected branches; 0 leaves them out")

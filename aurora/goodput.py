@@ -1,11 +1,11 @@
-"""Which speculation length gives the batch the most tokens a second?
+"""Which drafter and which speculation length give the batch the most tokens a second?
 
 Goodput (SmartSpec, arXiv 2406.14066) = expected emitted tokens of the batch / time of the step that emits them. The
-step time is linear in what the step computes, so for each draft length cap the best lengths are a prefix of all
-requests' draft positions in order of gain: a request's gains never rise with the position, hence the prefix is
-feasible and exact.
+step time is linear in what the step computes, which makes the best choice of all requests together easy to find.
 """
 
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,6 +18,7 @@ Ints = npt.NDArray[np.int64]
 _MEMORY = 300.0  # steps after which an observation's weight has faded to 1/e
 _PULL = 0.1  # steps that the last fit counts for
 _REFIT_EVERY = 8
+_SAME = 1e-9  # relative difference of goodput that is none
 _OUTLIER = 3.0  # a step this many times slower than predicted is not the model's fault
 
 
@@ -50,6 +51,17 @@ class StepWork:
         )
 
 
+COSTS = (
+    "constant",
+    "request",
+    "draft",
+    "prefill_token",
+    "kilo_context_token",
+    "first_pass",
+    "read_token",
+    "further_pass",
+)  # in the order of StepWork.vector
+
 # Prior cost of each feature as a share of the plain step's constant, in the order of StepWork.vector. Longer drafts are
 # guessed cheap, so that they are tried. The drafter's first pass is guessed dear: too dear is seen as soon as the pass
 # is left out, too cheap never is while every step has it.
@@ -66,9 +78,22 @@ class StepTimeModel:
     _seen: int = 0
     _errors: list[float] = field(default_factory=list)
 
+    @classmethod
+    def known(cls, costs: Mapping[str, float]) -> "StepTimeModel":
+        """A model with given costs, in seconds by the names of COSTS. Raises ValueError naming one that is missing."""
+        missing = [name for name in COSTS if name not in costs]
+        if missing:
+            raise ValueError(f"no cost of {missing[0]}; there must be {', '.join(COSTS)}")
+        return cls(_costs=np.array([costs[name] for name in COSTS], dtype=np.float64))
+
     @property
     def ready(self) -> bool:
         return self._costs is not None
+
+    @property
+    def costs(self) -> dict[str, float]:
+        """Seconds by the names of COSTS; empty before the first observation."""
+        return dict(zip(COSTS, self._costs.tolist(), strict=True)) if self._costs is not None else {}
 
     def predict(self, work: StepWork) -> float:
         """Seconds that `work` will take. Raises ValueError before the first observation."""
@@ -108,11 +133,16 @@ class StepTimeModel:
         return float(np.median(self._errors)) if self._errors else 0.0
 
 
+NEURAL, TABLE = 0, 1  # drafters: tokens of the first cost drafter passes, those of the n-gram table are free to draft
+
+
 @dataclass(frozen=True)
 class Choice:
-    """Speculation lengths of one step and what is expected of them."""
+    """Drafter and speculation length of every request in one step, and what is expected of them."""
 
-    lengths: tuple[int, ...]  # per request
+    drafters: tuple[int, ...]  # NEURAL or TABLE
+    lengths: tuple[int, ...]
+    cap: int  # tokens that the neural drafter must draft
     emitted: float  # expected tokens
     seconds: float  # expected time
 
@@ -121,54 +151,49 @@ class Choice:
         """Expected emitted tokens / s."""
         return self.emitted / self.seconds
 
-    @property
-    def cap(self) -> int:
-        return max(self.lengths, default=0)
 
+def choose(
+    gains: Floats, limits: Ints, base: StepWork, model: StepTimeModel, caps: Sequence[int] | None = None
+) -> Choice:
+    """The choice that maximises goodput, exactly.
 
-def choose_lengths(gains: Floats, limits: Ints, base: StepWork, model: StepTimeModel) -> Choice:
-    """The lengths that maximise goodput, exactly.
+    gains: [requests, 2, k_max] expected extra tokens of each draft position, by drafter.
+    limits: [requests, 2] longest draft that each request may have from each drafter.
+    base: the step without any draft and without drafting.
+    caps: what the neural drafter may be asked for; default: everything from nothing to the highest limit.
 
-    gains: [requests, k_max] expected extra tokens of each draft position, not rising along a row.
-    limits: [requests] longest draft each request may have.
-    base: the step without any draft and without drafting; `draft_first` of it may be 1 when the drafter runs anyway.
-    O(k_max * R log R), R = requests * k_max.
+    Dinkelbach's method (1967): at a given price of a second each request's best option is its own affair, and the
+    price at which the whole is worth nothing is the goodput. Every round takes O(caps * requests * k_max).
     """
-    best = evaluate(np.zeros(len(gains), dtype=np.int64), gains, base, model)
-    for cap in range(1, gains.shape[1] + 1):
-        lengths = _best_under_cap(gains, np.minimum(limits, cap), cap, base, model)
-        candidate = evaluate(lengths, gains, base, model)
-        if candidate.goodput > best.goodput:
-            best = candidate
-    return best
-
-
-def evaluate(lengths: Ints, gains: Floats, base: StepWork, model: StepTimeModel) -> Choice:
-    """Goodput of given lengths."""
-    cap = int(lengths.max(initial=0))
-    emitted = len(lengths) + float(sum(gains[i, :k].sum() for i, k in enumerate(lengths) if k))
-    seconds = model.predict(with_drafts(base, int(lengths.sum()), cap))
-    return Choice(tuple(int(k) for k in lengths), emitted, seconds)
+    requests, _, k_max = gains.shape
+    chosen_caps = np.array(range(int(limits[:, NEURAL].max(initial=0)) + 1) if caps is None else caps)
+    start = np.array([model.predict(with_drafts(base, 0, cap)) for cap in chosen_caps])
+    each = np.array([model.predict(with_drafts(base, 1, cap)) for cap in chosen_caps]) - start
+    lengths = np.arange(k_max + 1)
+    emitted = np.concatenate([np.zeros((requests, 2, 1)), gains.cumsum(axis=2)], axis=2)
+    longest = np.broadcast_to(limits, (len(chosen_caps), requests, 2)).copy()
+    longest[:, :, NEURAL] = np.minimum(longest[:, :, NEURAL], chosen_caps[:, None])
+    allowed = lengths <= longest[..., None]  # [caps, requests, 2, k_max + 1]
+    best = Choice((NEURAL,) * requests, (0,) * requests, int(chosen_caps[0]), float(requests), float(start[0]))
+    while True:
+        value = emitted - best.goodput * each[:, None, None, None] * lengths
+        value = np.where(allowed, value, -np.inf).reshape(len(chosen_caps), requests, 2 * (k_max + 1))
+        picks = value.argmax(axis=2)  # [caps, requests]
+        profit = requests + value.max(axis=2).sum(axis=1) - best.goodput * start
+        c = int(profit.argmax())
+        drafters, taken = np.divmod(picks[c], k_max + 1)
+        better = Choice(
+            tuple(drafters.tolist()),
+            tuple(taken.tolist()),
+            int(chosen_caps[c]),
+            requests + float(emitted[np.arange(requests), drafters, taken].sum()),
+            float(start[c] + each[c] * taken.sum()),
+        )
+        if better.goodput <= best.goodput * (1 + _SAME):
+            return best
+        best = better
 
 
 def with_drafts(base: StepWork, drafts: int, cap: int) -> StepWork:
-    """The work of `base` when `drafts` tokens are verified and `cap` are drafted for each request."""
-    return StepWork(
-        requests=base.requests,
-        drafts=drafts,
-        prefill_tokens=base.prefill_tokens,
-        context_tokens=base.context_tokens,
-        draft_first=max(base.draft_first, int(cap > 0)),
-        draft_more=max(cap - 1, 0),
-    )
-
-
-def _best_under_cap(gains: Floats, limits: Ints, cap: int, base: StepWork, model: StepTimeModel) -> Ints:
-    allowed = np.arange(gains.shape[1])[None, :] < limits[:, None]
-    rows = np.broadcast_to(np.arange(len(gains))[:, None], gains.shape)[allowed]
-    order = np.argsort(-gains[allowed], kind="stable")
-    emitted = len(gains) + np.concatenate([[0.0], np.cumsum(gains[allowed][order])])
-    start = model.predict(with_drafts(base, 0, cap))
-    each = model.predict(with_drafts(base, 1, cap)) - start
-    taken = int(np.argmax(emitted / (start + each * np.arange(len(emitted)))))
-    return np.bincount(rows[order][:taken], minlength=len(gains)).astype(np.int64)
+    """The work of `base` when `drafts` tokens are verified and the neural drafter drafts `cap` for each request."""
+    return dataclasses.replace(base, drafts=drafts, draft_first=int(cap > 0), draft_more=max(cap - 1, 0))

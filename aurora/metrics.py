@@ -26,6 +26,7 @@ class EngineReport(msgspec.Struct, frozen=True, kw_only=True):
     measured_s: float = 0.0  # what the same steps took
     predicted_goodput: float = 0.0  # tokens/s of engine time that the goodput rule expects; 0 while it cannot tell
     step_error: float = 0.0  # median |predicted - measured| / measured; the latest window's
+    step_costs: dict[str, float] = {}  # seconds of each part of a step, as last fitted (`aurora.goodput.COSTS`)
     traces: int = 0
     trace_bytes: int = 0
     traces_dropped: int = 0
@@ -38,12 +39,13 @@ class EngineReport(msgspec.Struct, frozen=True, kw_only=True):
 def merge(earlier: EngineReport, later: EngineReport) -> EngineReport:
     """One report for two consecutive ones. Associative; `EngineReport()` is its left identity.
 
-    Counters add up. The live version is the later one's; `step_error`, `swap_s` and `predicted_goodput` are those of
-    the last report that had a step, a swap or a prediction.
+    Counters add up. The live version is the later one's; `step_error`, `step_costs`, `swap_s` and `predicted_goodput`
+    are those of the last report that had a step, a fit, a swap or a prediction.
     """
     merged = {f: _add(getattr(earlier, f), getattr(later, f)) for f in EngineReport.__struct_fields__}
     merged["drafter_version"] = later.drafter_version
     merged["step_error"] = (earlier if earlier.steps and not later.steps else later).step_error
+    merged["step_costs"] = later.step_costs or earlier.step_costs
     merged["swap_s"] = (earlier if earlier.swaps and not later.swaps else later).swap_s
     merged["predicted_goodput"] = later.predicted_goodput or earlier.predicted_goodput
     return EngineReport(**merged)
@@ -121,6 +123,7 @@ METRICS: dict[str, Metric] = {
     "aurora_predicted_seconds_total": Metric("counter", "Step time predicted by the step-time model"),
     "aurora_measured_seconds_total": Metric("counter", "Step time measured over the predicted steps"),
     "aurora_step_time_error": Metric("gauge", "Median relative error of the step-time model"),
+    "aurora_step_cost_seconds": Metric("gauge", "Fitted seconds of each part of a step", ("part",)),
     "aurora_goodput_tokens_per_s": Metric("gauge", "Emitted tokens per second of engine time, last report"),
     "aurora_predicted_goodput_tokens_per_s": Metric("gauge", "The same as the goodput rule predicted it"),
     "aurora_traces_total": Metric("counter", "Traces captured"),

@@ -5,7 +5,7 @@ sets are refused here.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ class Option:
     flag: str
     key: str
     help: str
-    kind: type = str
+    kind: Callable[[str], Any] = str
     metavar: str | None = None
     choices: tuple[str, ...] | None = None
     constant: bool | None = None
@@ -29,6 +29,10 @@ class Option:
     @property
     def dest(self) -> str:
         return "option_" + self.flag.lstrip("-").replace("-", "_")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
 
 
 OPTIONS = (
@@ -39,6 +43,7 @@ OPTIONS = (
     Option("--no-speculation", "speculation.enabled", "decode plainly", constant=False),
     Option("--fixed-k", "speculation.fixed_k", "draft N tokens for every request instead of choosing", int, "N"),
     Option("--k-max", "speculation.k_max", "longest draft", int, "N"),
+    Option("--drafters", "speculation.drafters", "what may draft: eagle3, ngram or both", _names, "NAME,NAME"),
     Option("--no-learning", "trainer.enabled", "serve without a trainer", constant=False),
     Option("--drafter", "speculation.drafter", "drafter to start from; default: made from the target", Path, "DIR"),
     Option("--draft-vocab", "speculation.draft_vocab", "tokens that the drafter can propose", int, "N"),
@@ -97,7 +102,7 @@ def read_config(known: argparse.Namespace, rest: Sequence[str]) -> "AuroraConfig
     overrides |= {option.key: getattr(known, option.dest) for option in OPTIONS}
     overrides |= dict(_parse_setting(setting) for setting in known.settings)
     config = load_config(known.config, overrides)
-    refuse_controlled(config.vllm_args)
+    refuse_controlled(config.vllm_args, config.speculation.enabled)
     return config
 
 
@@ -109,14 +114,17 @@ def split_model(rest: Sequence[str]) -> tuple[str | None, tuple[str, ...]]:
     return model, tuple(argument for argument in rest if argument != "--")
 
 
-def refuse_controlled(vllm_args: Sequence[str]) -> None:
-    """Raise ConfigError for a flag of vLLM's that Aurora sets itself, however it is spelt."""
+def refuse_controlled(vllm_args: Sequence[str], speculation: bool = True) -> None:
+    """Raise ConfigError for a flag of vLLM's that Aurora sets itself, however it is spelt.
+
+    Without `speculation` of Aurora's own the user may have vLLM's.
+    """
     from aurora.config import ConfigError
 
     for argument in vllm_args:
         flag = argument.split("=", 1)[0].split(".", 1)[0]
         name = flag.replace("_", "-") if flag.startswith("--") else flag
-        if name in REFUSED:
+        if name in REFUSED and (speculation or REFUSED[name] != _SPECULATION):
             raise ConfigError(f"{flag}: {REFUSED[name]}")
 
 
@@ -170,8 +178,70 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
     add("--requests", type=int, default=4, metavar="N", help="of an arm in a round, times the concurrency (default: 4)")
     add("--max-tokens", type=int, default=64, metavar="N", help="of each answer (default: %(default)s)")
     add("--fixed-k", type=int, default=3, metavar="N", help="of the arm with one length (default: %(default)s)")
-    add("--learning", action="store_true", help="one more arm: the goodput rule with a trainer beside it")
+    add(
+        "--arms",
+        type=_names,
+        default=("fixed", "vllm-ngram", "portfolio"),
+        metavar="ARM,ARM",
+        help=(
+            "beside no speculation: fixed, vllm-ngram, table, portfolio, learning (default: fixed,vllm-ngram,portfolio)"
+        ),
+    )
     add("--json", dest="json_file", type=Path, metavar="FILE", help="write every round there too")
+
+
+def add_record_options(parser: argparse.ArgumentParser) -> None:
+    """The flags of `aurora record`; names and defaults are those of `RecordOptions`, which checks the values.
+
+    MODEL and flags of vLLM's follow DATASET, as `split_model` finds them.
+    """
+    add = parser.add_argument
+    add("dataset", metavar="DATASET", help="JSONL file or `datasets` name with `prompt` or `turns` in each row")
+    add("--out", type=Path, required=True, metavar="DIR", help="recording: a new directory, or one to continue")
+    add("--split", default="train", help="split of a `datasets` name (default: %(default)s)")
+    add("--variant", help="only rows of this variant")
+    add("--domain", help="only rows of this domain")
+    add("--limit", type=int, metavar="N", help="the first N conversations")
+    add("--per-domain", type=int, metavar="N", help="the first N conversations of each domain")
+    add("--concurrency", type=int, default=32, metavar="N", help="open conversations (default: %(default)s)")
+    add("--max-tokens", type=int, default=128, metavar="N", help="of each answer (default: %(default)s)")
+    add("--temperature", type=float, default=0.0, metavar="T", help="default: %(default)s")
+    add("--top-p", type=float, default=1.0, metavar="P", help="default: %(default)s")
+    add("--top-k", type=int, default=0, metavar="N", help="default: unlimited")
+    add("--seed", type=int, default=0, metavar="N", help="of sampled answers (default: %(default)s)")
+    add("--max-gib", type=float, default=8.0, metavar="GIB", help="stop when it has this size (default: %(default)s)")
+
+
+def add_replay_options(parser: argparse.ArgumentParser) -> None:
+    """The flags of `aurora replay`; names and defaults are those of `ReplayOptions`, which checks the values."""
+    add = parser.add_argument
+    add("recording", type=Path, metavar="RECORDING", help="directory that `aurora record` made")
+    add("--dataset", required=True, metavar="DATASET", help="the order of arrival; rows not recorded are passed over")
+    add(
+        "--policy",
+        required=True,
+        metavar="POLICY",
+        help=("no_speculation, prompt_lookup, static_eagle3, online_eagle3, ngram_table or portfolio"),
+    )
+    add("--costs", type=Path, required=True, metavar="FILE", help="step costs: a file that `aurora bench --json` wrote")
+    add("--split", default="train", help="split of a `datasets` name (default: %(default)s)")
+    add("--variant", help="only rows of this variant")
+    add("--limit", type=int, metavar="N", help="the first N requests")
+    add("--drafter", type=Path, metavar="DIR", help="published drafter to begin with; default: the untrained one")
+    add("--draft-vocab", type=int, default=8192, metavar="N", help="of the untrained drafter (default: %(default)s)")
+    add("--concurrency", type=int, default=4, metavar="N", help="requests at once (default: %(default)s)")
+    add("--k-max", type=int, default=4, metavar="N", help="longest draft (default: %(default)s)")
+    add(
+        "--train-share",
+        type=float,
+        default=0.15,
+        metavar="S",
+        help=("real seconds of training in a modelled second (default: %(default)s)"),
+    )
+    add("--save-drafter", type=Path, metavar="DIR", help="keep the drafter that training ended with")
+    add("--no-domains", dest="domains", action="store_false", help="tell nobody which domain a request is of")
+    add("--seed", type=int, default=0, metavar="N", help="of training (default: %(default)s)")
+    add("--json", dest="json_file", type=Path, metavar="FILE", help="write every request's outcome there too")
 
 
 def _counts(text: str) -> tuple[int, ...]:

@@ -11,6 +11,8 @@ from itertools import pairwise
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from aurora.trace import TABLE_VERSION
+
 _VLLM_VERSION = -1  # vLLM's counters tell no version
 
 
@@ -23,15 +25,19 @@ class Scrape:
     request_steps: float = 0.0
     emitted: float = 0.0
     live_version: int | None = None
+    step_costs: dict[str, float] = field(default_factory=dict)  # seconds, by the names of `aurora.goodput.COSTS`
 
 
 def parse_scrape(page: str) -> Scrape:
     """Read a Prometheus text page. Raises ValueError if it is none."""
     totals: dict[str, float] = defaultdict(float)
+    costs: dict[str, float] = {}
     by_version: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
     for family in text_string_to_metric_families(page):
         for sample in family.samples:
             totals[sample.name] += sample.value
+            if sample.name == "aurora_step_cost_seconds":
+                costs[sample.labels["part"]] = sample.value
             if sample.labels.get("version", "").isdigit():
                 by_version[sample.name][int(sample.labels["version"])] += sample.value
     if not any(name.startswith("aurora_") for name in totals):
@@ -42,6 +48,7 @@ def parse_scrape(page: str) -> Scrape:
         totals["aurora_request_steps_total"],
         totals["aurora_emitted_tokens_total"],
         int(totals["aurora_drafter_version"]) if "aurora_drafter_version" in totals else None,
+        costs,
     )
 
 
@@ -83,4 +90,4 @@ def versions_seen(scrapes: Sequence[Scrape | None]) -> list[int]:
     seen = {s.live_version for s in known if s.live_version is not None}
     for before, after in pairwise(known):
         seen |= {v for v, growth in _grown(before.draft_steps, after.draft_steps).items() if growth > 0}
-    return sorted(seen - {_VLLM_VERSION})
+    return sorted(seen - {_VLLM_VERSION, TABLE_VERSION})

@@ -7,9 +7,10 @@ arrival times, however many are open (open loop). The turns of a conversation fo
 import asyncio
 import os
 import random
+import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, repeat
@@ -25,6 +26,7 @@ from aurora.traffic_result import boundaries, show, summarise, write_json
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
+_CANCEL_AGAIN_S = 1.0
 _START_TIMEOUT_S = 15.0  # for the first answer of the server and for each scrape
 
 
@@ -92,7 +94,7 @@ def run(options: TrafficOptions) -> int:
     )
     traffic = Traffic(options, prompts)
     try:
-        asyncio.run(traffic.send())
+        asyncio.run(_until_interrupted(traffic.send()))
         interrupted = False
     except KeyboardInterrupt:
         interrupted = True
@@ -103,6 +105,28 @@ def run(options: TrafficOptions) -> int:
     if options.json_file is not None and traffic.started:
         write_json(result, options.json_file)
     return 130 if interrupted else int(result.failures > 0)
+
+
+async def _until_interrupted(work: Coroutine[None, None, None]) -> None:
+    """Run `work`; on SIGINT cancel all that it does and raise KeyboardInterrupt.
+
+    It is cancelled anew every second until it ends: one cancellation was seen to get lost in an open HTTP request.
+    """
+    loop = asyncio.get_running_loop()
+    waiting, task = asyncio.current_task(), asyncio.ensure_future(work)
+
+    def cancel() -> None:
+        for running in asyncio.all_tasks() - {waiting}:
+            running.cancel()
+        loop.call_later(_CANCEL_AGAIN_S, cancel)
+
+    loop.add_signal_handler(signal.SIGINT, cancel)
+    try:
+        await task
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
+    finally:
+        loop.remove_signal_handler(signal.SIGINT)
 
 
 class Traffic:

@@ -6,13 +6,14 @@ waits until the traces are collected. The sink drops its oldest traces when full
 
 import time
 from collections import deque
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
-from aurora.trace import DraftTrace
+from aurora.trace import TABLE_VERSION, DraftTrace
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,6 +46,26 @@ class TraceSink:
         return taken
 
 
+class StepFact(NamedTuple):
+    """What one request did in one engine step."""
+
+    rows: int  # tokens that the target read
+    k: int  # drafts among them
+    emitted: int  # tokens that came of it; 0 in the middle of a prompt
+    version: int  # drafter version that made the drafts
+
+
+@dataclass(frozen=True)
+class Versions:
+    """Who made the drafts of a step: the n-gram table those of `from_table`, one drafter version all others."""
+
+    neural: int
+    from_table: frozenset[str]
+
+    def of(self, request_id: str) -> int:
+        return TABLE_VERSION if request_id in self.from_table else self.neural
+
+
 def bf16_bits(rows: "Tensor") -> np.ndarray:
     """[n, d] of any float type -> uint16 bit patterns of bfloat16 on the host."""
     bits: np.ndarray = rows.to(torch.bfloat16).contiguous().view(torch.uint16).cpu().numpy()
@@ -59,13 +80,13 @@ class Capture:
         self.sink = sink
         self.prompt_tokens = prompt_tokens
         self.top_m = top_m
-        self.drafter_version = 0
         self._step = 0
 
-    def record(self, state: Any, sampled: "Tensor") -> list[tuple[int, int, int]]:
-        """Make this step's traces; returns (rows, k, emitted) of each request in batch order.
+    def record(self, state: Any, sampled: "Tensor", versions: Versions) -> list[StepFact]:
+        """Make this step's traces; returns what each request did, in batch order.
 
-        state: the runner's ExecuteModelState; sampled: [B, <= k_max + 1] int, -1 past what was accepted.
+        state: the runner's ExecuteModelState; sampled: [B, <= k_max + 1] int, -1 past what was accepted; versions:
+        who made the drafts that this step verified.
         """
         self._step += 1
         batch = self.runner.input_batch
@@ -77,14 +98,14 @@ class Capture:
         for i, (n, k) in enumerate(zip(rows, drafts, strict=True)):
             start = int(batch.num_computed_tokens_cpu[i])
             mid_prefill = start + n - k < int(batch.num_tokens_no_spec[i])
-            facts.append((n, k, 0 if mid_prefill else int(emitted[i])))
+            facts.append(StepFact(n, k, 0 if mid_prefill else int(emitted[i]), versions.of(batch.req_ids[i])))
         if self.sink is not None and state.aux_hidden_states is not None:
             self._emit(state, sampled.tolist(), facts, self.sink)
         return facts
 
-    def _emit(self, state: Any, sampled: list[list[int]], facts: list[tuple[int, int, int]], sink: TraceSink) -> None:
+    def _emit(self, state: Any, sampled: list[list[int]], facts: list[StepFact], sink: TraceSink) -> None:
         batch = self.runner.input_batch
-        total = sum(n for n, _, _ in facts)
+        total = sum(fact.rows for fact in facts)
         keep = self._kept_rows(facts)
         if not keep:
             return
@@ -96,7 +117,7 @@ class Capture:
         ids = self.runner.input_ids.cpu[:total].numpy().astype(np.int32)
         q, now, at = self._draft_q(state.spec_decode_metadata), time.time(), 0
         for i, first, end, position in keep:
-            n, (_, k, emitted) = end - first, facts[i]
+            n, (_, k, emitted, version) = end - first, facts[i]
             sink.put(
                 DraftTrace(
                     request_id=batch.req_ids[i],
@@ -113,7 +134,7 @@ class Capture:
                     top_q=q[i][2] if q else np.zeros((k, 0), np.float32),
                     hidden=hidden[at : at + n],
                     aux=aux[at : at + n],
-                    drafter_version=self.drafter_version,
+                    drafter_version=version,
                     temperature=float(batch.temperature_cpu[i]),
                     top_p=float(batch.top_p_cpu[i]),
                     top_k=_top_k(int(batch.top_k_cpu[i]), batch.vocab_size),
@@ -121,12 +142,12 @@ class Capture:
             )
             at += n
 
-    def _kept_rows(self, facts: list[tuple[int, int, int]]) -> list[tuple[int, int, int, int]]:
+    def _kept_rows(self, facts: list[StepFact]) -> list[tuple[int, int, int, int]]:
         """(request index, first row, end row, position of the first row) without prompt rows that are too old."""
         batch = self.runner.input_batch
         keep, offset = [], 0
-        for i, (n, _, _) in enumerate(facts):
-            start = int(batch.num_computed_tokens_cpu[i])
+        for i, fact in enumerate(facts):
+            n, start = fact.rows, int(batch.num_computed_tokens_cpu[i])
             oldest = int(batch.num_prompt_tokens[i]) - self.prompt_tokens
             skip = min(max(oldest - start, 0), n)
             if skip < n:

@@ -119,7 +119,7 @@ def _speculate(args: Namespace, config: AuroraConfig, drafter: DrafterVersion) -
     }
     args.additional_config = {
         **(args.additional_config or {}),
-        "aurora": {"fixed_k": speculation.fixed_k, "exploration": speculation.exploration},
+        "aurora": speculation.model_dump(mode="json"),
     }
 
 

@@ -51,9 +51,10 @@ class PrometheusExporter:
             else:
                 self._counters[name] = Counter(name, metric.help, metric.labels, registry=registry)
 
-    def set(self, name: str, value: float) -> None:
-        """Set a gauge of `METRICS`."""
-        self._gauges[name].set(value)
+    def set(self, name: str, value: float, **labels: str) -> None:
+        """Set a gauge of `METRICS`; `labels` names all of its labels."""
+        gauge = self._gauges[name]
+        (gauge.labels(**labels) if labels else gauge).set(value)
 
     def inc(self, name: str, labels: Mapping[str, object], value: float = 1) -> None:
         """Add `value` (>= 0) to a counter of `METRICS`; `labels` names all of its labels."""
@@ -84,6 +85,8 @@ class PrometheusExporter:
         self.set("aurora_drafter_version", report.drafter_version)
         if report.steps:
             self.set("aurora_step_time_error", report.step_error)
+        for part, seconds in report.step_costs.items():
+            self.set("aurora_step_cost_seconds", seconds, part=part)
         if report.swaps:
             self.set("aurora_swap_seconds", report.swap_s)
         if report.predicted_goodput:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from aurora.metrics import EngineReport
 
 if TYPE_CHECKING:
+    from serve.capture import StepFact
     from serve.scheduler import StepNotes
 
 
@@ -22,6 +23,7 @@ class StepCounter:
         self._busy_s = self._predicted_s = self._measured_s = self._step_error = self._predicted_tokens = (
             self._swap_s
         ) = 0.0
+        self._step_costs: dict[str, float] = {}
         self._k: Counter[int] = Counter()
         self._draft_steps: Counter[int] = Counter()
         self._drafted: Counter[int] = Counter()
@@ -29,10 +31,10 @@ class StepCounter:
         self._accepted_at: dict[int, Counter[int]] = defaultdict(Counter)
         self._verified_at: dict[int, Counter[int]] = defaultdict(Counter)
 
-    def step(self, version: int, facts: list[tuple[int, int, int]], notes: "StepNotes | None") -> None:
-        """One engine step; facts: (rows, k, emitted) of each request, drafted by `version`."""
+    def step(self, facts: "list[StepFact]", notes: "StepNotes | None") -> None:
+        """One engine step."""
         self._steps += 1
-        for rows, k, emitted in facts:
+        for rows, k, emitted, version in facts:
             self._emitted += emitted
             if rows > k + 1 or not emitted:
                 self._prefill += rows
@@ -44,7 +46,7 @@ class StepCounter:
         if notes is not None:
             self._skipped += notes.skip_drafter
             self._busy_s += notes.measured_s
-            self._step_error = notes.step_error
+            self._step_error, self._step_costs = notes.step_error, notes.step_costs
             if notes.predicted_s:
                 self._predicted_s += notes.predicted_s
                 self._predicted_tokens += notes.predicted_tokens
@@ -70,6 +72,7 @@ class StepCounter:
             predicted_s=self._predicted_s,
             measured_s=self._measured_s,
             step_error=self._step_error,
+            step_costs=self._step_costs,
             predicted_goodput=self._predicted_tokens / self._predicted_s if self._predicted_s else 0.0,
             traces=traces,
             trace_bytes=trace_bytes,

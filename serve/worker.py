@@ -6,14 +6,16 @@ The methods below are called through `collective_rpc`, which vLLM runs between t
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
+import numpy as np
 import torch
+import torch.nn.functional as F
 
 from aurora.trace import encode_traces
 from serve import sampling_shim
-from serve.capture import Capture, TraceSink
+from serve.capture import Capture, TraceSink, Versions
 from serve.report import StepCounter
 from serve.scheduler import NOTES, DraftNotes, StepNotes
 from serve.swap import DrafterSwap, Staged
@@ -22,7 +24,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _DRAIN_BYTES = 64 << 20
-_RUNNER_SEAMS = ("sample_tokens", "_sample", "propose_draft_token_ids", "take_draft_token_ids")
+_RUNNER_SEAMS = (
+    "sample_tokens",
+    "_sample",
+    "propose_draft_token_ids",
+    "take_draft_token_ids",
+    "_get_spec_decode_draft_probs",
+)
 
 
 class AuroraWorker:
@@ -93,7 +101,7 @@ def _stage(swap: DrafterSwap, number: int) -> Staged:
 
 
 class RunnerHooks:
-    """Wraps four methods of one model runner: capture after sampling, drafting or not, notes for the scheduler."""
+    """Wraps methods of one model runner: capture, drafting or not, q of the drafts, notes for the scheduler."""
 
     def __init__(self, runner: Any, capture: Capture, swap: DrafterSwap) -> None:
         self.runner = runner
@@ -101,6 +109,8 @@ class RunnerHooks:
         self.swap = swap
         self.counter = StepCounter(swap.version)
         self._state: Any = None
+        self._notes: StepNotes | None = None  # of the step at hand
+        self._from_table: frozenset[str] = frozenset()
         self._drafted = False
         self._draft_version = swap.version
         self._original = {name: getattr(runner, name) for name in _RUNNER_SEAMS}
@@ -110,9 +120,12 @@ class RunnerHooks:
         self.runner._sample = self._sample
         self.runner.propose_draft_token_ids = self._propose
         self.runner.take_draft_token_ids = self._take_drafts
+        self.runner._get_spec_decode_draft_probs = self._draft_probs
 
     def _sample_tokens(self, grammar_output: Any) -> Any:
         self._state, self._drafted = self.runner.execute_model_state, False
+        self._notes = getattr(self._state.scheduler_output, NOTES, None) if self._state is not None else None
+        self._from_table = self._notes.from_table if self._notes is not None else frozenset()
         try:
             return self._original["sample_tokens"](grammar_output)
         finally:
@@ -122,20 +135,36 @@ class RunnerHooks:
         result = self._original["_sample"](logits, spec_decode_metadata)
         if self._state is not None:
             # The drafts just judged were made before any swap since: they belong to `_draft_version`.
-            self.capture.drafter_version = self._draft_version
-            facts = self.capture.record(self._state, result.sampled_token_ids)
-            notes: StepNotes | None = getattr(self._state.scheduler_output, NOTES, None)
-            self.counter.step(self._draft_version, facts, notes)
+            versions = Versions(self._draft_version, self._from_table)
+            self.counter.step(self.capture.record(self._state, result.sampled_token_ids, versions), self._notes)
         return result
 
     def _propose(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        notes: StepNotes | None = getattr(scheduler_output, NOTES, None)
         self._draft_version = self.swap.version
-        if notes is not None and notes.skip_drafter:
+        if self._notes is not None and self._notes.skip_drafter:
             self.runner._draft_probs = None
             return torch.empty(self.runner.input_batch.num_reqs, 0, dtype=torch.int64, device=self.runner.device)
         self._drafted = True
         return self._original["propose_draft_token_ids"](scheduler_output, *args, **kwargs)
+
+    def _draft_probs(self, metadata: Any) -> "Tensor | None":
+        """q of the drafts to verify, [drafts, V], or None when all of them were drafted greedily.
+
+        The neural drafter may have sampled its drafts from q; those of the table have all probability on one token.
+        """
+        runner = self.runner
+        if runner._draft_probs is None or not self._from_table:
+            return cast("Tensor | None", self._original["_get_spec_decode_draft_probs"](metadata))
+        row_of = {r: i for i, r in enumerate(runner._draft_prob_req_ids)}
+        ends = np.cumsum(metadata.num_draft_tokens).tolist()
+        rows = []
+        for request_id, end, k in zip(runner.input_batch.req_ids, ends, metadata.num_draft_tokens, strict=True):
+            if request_id in self._from_table:
+                drafts = metadata.draft_token_ids[end - k : end].long()
+                rows.append(F.one_hot(drafts, runner._draft_probs.shape[-1]).to(runner._draft_probs.dtype))
+            elif k:
+                rows.append(runner._draft_probs[row_of[request_id], :k])
+        return torch.cat(rows) if rows else None
 
     def _take_drafts(self) -> Any:
         drafts = self._original["take_draft_token_ids"]()

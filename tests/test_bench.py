@@ -1,3 +1,4 @@
+import argparse
 import asyncio
 import json
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -6,23 +7,37 @@ from threading import Thread
 
 import pytest
 
-from aurora.bench import BASELINE, BenchOptions, BenchResult, Measurement, arms, measure
+from aurora.bench import ARMS, BASELINE, BenchOptions, BenchResult, Measurement, arms, measure
 from aurora.config import AuroraConfig, UserError
-from aurora.options import refuse_controlled
+from aurora.options import add_config_options, read_config
 from aurora.prompts import Conversation
 
 
+def read_flags(flags: tuple[str, ...]) -> AuroraConfig:
+    """The configuration that `aurora serve` makes of them."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    add_config_options(parser)
+    return read_config(*parser.parse_known_args(list(flags)))
+
+
 def test_arms_are_serve_commands_with_one_difference(tmp_path: Path) -> None:
-    options = BenchOptions(drafter=tmp_path, fixed_k=2, learning=True, vllm_args=("--max-model-len=512",))
+    options = BenchOptions(drafter=tmp_path, fixed_k=2, arms=tuple(ARMS), vllm_args=("--max-model-len=512",))
     chosen = arms(options)
-    assert next(iter(chosen)) == BASELINE
-    assert len(chosen) == 4
-    assert f"--drafter={tmp_path}" not in chosen[BASELINE]
+    assert list(chosen) == [BASELINE, *ARMS]
+    of_vllm = {BASELINE, "vllm-ngram"}
     for name, flags in chosen.items():
         assert "--max-model-len=512" in flags
-        assert (f"--drafter={tmp_path}" in flags) == (name != BASELINE)
-    refuse_controlled(chosen[BASELINE][-1:])
-    assert AuroraConfig().speculation.fixed_k is None
+        assert (f"--drafter={tmp_path}" in flags) == (name not in of_vllm)
+        assert ("--no-speculation" in flags) == (name in of_vllm)
+    assert len(set(chosen.values())) == len(chosen)
+    assert read_flags(chosen["fixed"]).speculation.fixed_k == 2
+    assert read_flags(chosen["table"]).speculation.drafters == ("ngram",)
+    assert any("prompt_lookup_max" in argument for argument in read_flags(chosen["vllm-ngram"]).vllm_args)
+
+
+def test_an_unknown_arm_is_named() -> None:
+    with pytest.raises(UserError, match="--arms warp: no such arm; choose from fixed"):
+        BenchOptions(arms=("table", "warp"))
 
 
 def test_ratios_compare_within_a_round() -> None:

@@ -1,118 +1,202 @@
 """The controller against a simulated engine with known costs and acceptance."""
 
+from dataclasses import dataclass, field
+
 import numpy as np
 import pytest
 
-from aurora.controller import RequestView, SpeculationController
+from aurora.controller import NEURAL, TABLE, Offer, RequestView, SpeculationController
 from aurora.goodput import StepWork
+from drafters.ngram import Basis
+
+K = 4
 
 
-def _simulate(controller: SpeculationController, rate: float, steps: int, requests: int = 4, life: int = 60):
-    """Run an engine whose drafts are accepted at `rate`; returns (tokens, seconds, share of steps with drafts)."""
-    rng = np.random.default_rng(0)
-    tokens, seconds, drafted = 0, 0.0, 0
-    lengths: dict[str, int] = {}
-    for step in range(steps):
-        names = [f"r{i}-{(step + 7 * i) // life}" for i in range(requests)]
-        gone = [n for n in lengths if n not in names]
-        controller.finish(gone)
-        views = [RequestView(n, 100, drafting=True, limit=4) for n in names]
-        drafts = {n: lengths.get(n, 0) for n in names}
-        plan = controller.plan(views)
-        for name, k in drafts.items():
-            accepted = int((rng.random(k) < rate).cumprod().sum())
-            controller.observe_verification(name, k, accepted)
-            tokens += accepted + 1
+def _basis(k: int = K) -> Basis:
+    """Table drafts that all rest on the same thing."""
+    return Basis(np.full(k, 3), np.full(k, 0.9, np.float32), np.full(k, 2.0, np.float32))
+
+
+@dataclass
+class _Engine:
+    """Requests that live `life` steps each; drafts are accepted at fixed rates; None: that drafter has no drafts."""
+
+    controller: SpeculationController
+    neural: float | None
+    table: float | None = None
+    requests: int = 4
+    life: int = 60
+    costs: tuple[float, ...] = (0.06, 0.002, 0.008, 0.004, 0.003)  # constant, request, draft, first pass, further pass
+    tokens: int = 0
+    seconds: float = 0.0
+    drafted: int = 0  # steps in which the neural drafter drafted
+    used: dict[int, int] = field(default_factory=lambda: {NEURAL: 0, TABLE: 0})
+    _pending: dict[str, tuple[int, int]] = field(default_factory=dict)
+    _warm: set[str] = field(default_factory=set)
+    _drafted_for: set[str] = field(default_factory=set)
+    _rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
+
+    def run(self, steps: int) -> "_Engine":
+        for step in range(steps):
+            self._step([f"r{i}-{(step + 7 * i) // self.life}" for i in range(self.requests)])
+        return self
+
+    @property
+    def speed(self) -> float:
+        return self.tokens / self.seconds
+
+    def _step(self, names: list[str]) -> None:
+        self.controller.finish([n for n in self._pending if n not in names])
+        self._warm = {n for n in names if n in self._warm or n not in self._pending}
+        verified = {n: self._pending.get(n, (NEURAL, 0)) for n in names}
+        plan = self.controller.plan([RequestView(n, 100, drafting=True, limit=K) for n in names])
+        self._warm = set() if plan.skip_drafter else self._warm
+        for name, (drafter, k) in verified.items():
+            self.tokens += 1 + self._verify(name, drafter, k)
         work = StepWork(
-            requests=requests,
-            drafts=sum(drafts.values()),
+            requests=self.requests,
+            drafts=sum(k for _, k in verified.values()),
             prefill_tokens=0,
-            context_tokens=100 * requests,
+            context_tokens=100 * self.requests,
             draft_first=int(not plan.skip_drafter),
             draft_more=max(plan.cap - 1, 0),
         )
-        took = 0.06 + 0.002 * requests + 0.008 * work.drafts + 0.004 * work.draft_first + 0.003 * work.draft_more
-        controller.observe_step(work, took)
-        seconds += took
-        drafted += plan.cap > 0
-        lengths = dict(plan.lengths)
-    return tokens, seconds, drafted / steps
+        parts = (1, work.requests, work.drafts, work.draft_first, work.draft_more)
+        took = sum(cost * part for cost, part in zip(self.costs, parts, strict=True))
+        self.controller.observe_step(work, took)
+        self.seconds += took
+        self.drafted += plan.cap > 0
+        self._drafted_for = self._warm if plan.cap else set()
+        table = _basis() if self.table is not None else None
+        drafts = self.controller.settle(plan, {n: Offer(K, plan.cap if n in self._warm else 0, table) for n in names})
+        for draft in drafts.values():
+            self.used[draft.drafter] += draft.length > 0
+        self._pending = {n: (d.drafter, d.length) for n, d in drafts.items()}
+
+    def _verify(self, name: str, drafter: int, k: int) -> int:
+        """Accepted tokens; the controller is told of every draft as far as the target's tokens are known."""
+        rates = {NEURAL: self.neural, TABLE: self.table}
+        accepted = {d: int((self._rng.random(K) < (rate or 0.0)).cumprod().sum()) for d, rate in rates.items()}
+        taken = min(accepted[drafter], k)
+        if name in self._drafted_for:
+            known = max(k if drafter == NEURAL else 1, 1)
+            self.controller.observe_neural(name, known, min(accepted[NEURAL], known))
+        if self.table is not None:
+            known = max(k if drafter == TABLE else 1, 1)
+            self.controller.observe_table(name, _basis(), known, min(accepted[TABLE], known))
+        return taken
+
+
+def _plain(requests: int = 4) -> float:
+    return requests / (0.06 + 0.002 * requests)
 
 
 def test_hopeless_drafter_costs_little_more_than_no_speculation():
-    tokens, seconds, _ = _simulate(SpeculationController(4, exploration=0.02), rate=0.0, steps=4000)
-    plain = 4 / (0.06 + 0.008)
-    assert tokens / seconds > 0.95 * plain
+    assert _Engine(SpeculationController(K), neural=0.0).run(4000).speed > 0.95 * _plain()
 
 
 def test_good_drafter_beats_every_fixed_length_or_ties():
-    adaptive, fixed = SpeculationController(4), []
-    tokens, seconds, drafted = _simulate(adaptive, rate=0.85, steps=1500)
-    for k in (1, 2, 3, 4):
-        t, s, _ = _simulate(SpeculationController(4, fixed_k=k), rate=0.85, steps=1500)
-        fixed.append(t / s)
-    assert drafted > 0.9
-    assert tokens / seconds > 0.98 * max(fixed)
+    adaptive = _Engine(SpeculationController(K), neural=0.85).run(1500)
+    fixed = [_Engine(SpeculationController(K, fixed_k=k), neural=0.85).run(1500).speed for k in range(1, K + 1)]
+    assert adaptive.drafted > 0.9 * 1500
+    assert adaptive.speed > 0.98 * max(fixed)
 
 
 def test_zero_is_not_a_trap():
-    controller = SpeculationController(4, exploration=0.02)
-    _simulate(controller, rate=0.0, steps=1500)
-    _, _, drafted = _simulate(controller, rate=0.9, steps=3000)
-    assert drafted > 0.5
+    engine = _Engine(SpeculationController(K), neural=0.0).run(1500)
+    engine.neural, engine.drafted = 0.9, 0
+    assert engine.run(3000).drafted > 0.5 * 3000
 
 
-def test_a_cold_request_gets_no_drafts_again():
-    controller = SpeculationController(4, exploration=0.0)
+def test_the_better_drafter_is_used():
+    good_table = _Engine(SpeculationController(K), neural=0.3, table=0.9).run(1000)
+    assert good_table.used[TABLE] > 0.9 * 4000
+    alone = _Engine(SpeculationController(K, neural=False), neural=None, table=0.9).run(1000)
+    assert good_table.speed > 0.96 * alone.speed
+    good_drafter = _Engine(SpeculationController(K), neural=0.95, table=0.2).run(1000)
+    assert good_drafter.used[NEURAL] > 0.9 * 4000
+
+
+def test_the_table_alone_beats_no_speculation_and_gives_up_when_it_is_no_use():
+    assert _Engine(SpeculationController(K, neural=False), neural=None, table=0.8).run(1000).speed > 1.2 * _plain()
+    useless = _Engine(SpeculationController(K, neural=False), neural=None, table=0.0).run(1000)
+    assert useless.speed > 0.97 * _plain()
+    assert useless.drafted == 0
+
+
+def test_a_table_that_was_no_use_is_used_again_when_it_is():
+    engine = _Engine(SpeculationController(K, neural=False), neural=None, table=0.0).run(1000)
+    engine.table, engine.used[TABLE] = 0.9, 0
+    assert engine.run(1000).used[TABLE] > 0.5 * 4000
+
+
+def test_a_cold_request_gets_no_neural_drafts_again():
+    controller = SpeculationController(K, exploration=0.0)
     controller._credit, controller._exploring = 0.0, False
-    view = RequestView("a", 10, drafting=True, limit=4)
+    view = RequestView("a", 10, drafting=True, limit=K)
     controller.observe_step(StepWork(1, 0, 0, 10, 0, 0), 0.06)
     controller.acceptance.start("a")
     for _ in range(100):
-        controller.observe_verification("a", 1, 0)
+        controller.observe_neural("a", 1, 0)
     assert controller.plan([view]).skip_drafter
     controller.drafter_changed([0.99, 0.99, 0.99, 0.99])
-    assert controller.plan([view]).lengths == {"a": 0}
-    assert controller.plan([view, RequestView("b", 10, drafting=True, limit=4)]).lengths["b"] > 0
+    controller._credit, controller._exploring = 0.0, False
+    assert controller.plan([view]).cap == 0
+    assert controller.plan([view, RequestView("b", 10, drafting=True, limit=K)]).cap > 0
 
 
 def test_limits_and_fixed_k_are_respected():
-    controller = SpeculationController(4, fixed_k=3)
-    plan = controller.plan([RequestView("a", 10, drafting=True, limit=1), RequestView("b", 10, drafting=True, limit=9)])
-    assert plan.lengths == {"a": 1, "b": 3}
+    controller = SpeculationController(K, fixed_k=3)
+    views = [RequestView("a", 10, drafting=True, limit=1), RequestView("b", 10, drafting=True, limit=9)]
+    plan = controller.plan(views)
+    drafts = controller.settle(plan, {v.request_id: Offer(v.limit, plan.cap, _basis()) for v in views})
+    assert {name: (d.drafter, d.length) for name, d in drafts.items()} == {"a": (NEURAL, 1), "b": (NEURAL, 3)}
     assert not plan.skip_drafter
 
 
-def test_prefilling_requests_get_no_length():
-    controller = SpeculationController(4)
-    controller.observe_step(StepWork(1, 0, 0, 10, 0, 0), 0.06)
-    plan = controller.plan([RequestView("a", 10, drafting=False, limit=4)])
-    assert plan.lengths == {}
+def test_fixed_k_without_a_neural_drafter_is_the_tables():
+    controller = SpeculationController(K, fixed_k=2, neural=False)
+    plan = controller.plan([RequestView("a", 10, drafting=True, limit=K)])
+    assert plan.skip_drafter
+    draft = controller.settle(plan, {"a": Offer(K, 0, _basis())})["a"]
+    assert (draft.drafter, draft.length) == (TABLE, 2)
 
 
-def test_finished_requests_leave_nothing_behind():
-    controller = SpeculationController(4)
-    controller.plan([RequestView("a", 10, drafting=True, limit=4)])
-    controller.finish(["a"])
-    assert not controller._known
-    with pytest.raises(KeyError):
-        controller.acceptance.rates("a")
+def test_fixed_k_zero_never_drafts():
+    controller = SpeculationController(K, fixed_k=0)
+    plan = controller.plan([RequestView("a", 10, drafting=True, limit=K)])
+    assert plan.skip_drafter
+    assert controller.settle(plan, {"a": Offer(K, 0, _basis())})["a"].length == 0
 
 
 def test_a_step_of_prompts_only_keeps_them_warm_while_the_drafter_is_good():
-    controller = SpeculationController(4, exploration=0.0)
-    _simulate(controller, rate=0.9, steps=300)
+    controller = SpeculationController(K, exploration=0.0)
+    _Engine(controller, neural=0.9).run(300)
     controller._credit, controller._exploring = 0.0, False
-    prompt = RequestView("new", 200, drafting=False, limit=4, prefill_tokens=200)
+    prompt = RequestView("new", 200, drafting=False, limit=K, prefill_tokens=200)
     assert not controller.plan([prompt]).skip_drafter
-    assert controller.plan([RequestView("new", 201, drafting=True, limit=4)]).lengths["new"] > 0
+    assert controller.plan([RequestView("new", 201, drafting=True, limit=K)]).cap > 0
 
 
 def test_reading_a_long_prompt_to_explore_is_paid_for():
-    controllers = [SpeculationController(4, exploration=0.0) for _ in range(2)]
-    for controller, prompt_tokens in zip(controllers, (10, 1000), strict=True):
-        _simulate(controller, rate=0.0, steps=300)
+    left = []
+    for prompt_tokens in (10, 1000):
+        controller = SpeculationController(K, exploration=0.0)
+        _Engine(controller, neural=0.0).run(300)
         controller._credit, controller._exploring = 4.0, True
-        controller.plan([RequestView("new", 10, drafting=False, limit=4, prefill_tokens=prompt_tokens)])
-    short, long = controllers
-    assert 4.0 > short._credit > long._credit
+        controller.plan([RequestView("new", 10, drafting=False, limit=K, prefill_tokens=prompt_tokens)])
+        left.append(controller._credit)
+    assert 4.0 > left[0] > left[1]
+
+
+def test_finished_requests_leave_nothing_behind():
+    controller = SpeculationController(K)
+    plan = controller.plan([RequestView("a", 10, drafting=True, limit=K)])
+    controller.settle(plan, {"a": Offer(K, plan.cap, _basis())})
+    controller.finish(["a"])
+    assert not controller._known
+    assert not controller._curves
+    with pytest.raises(KeyError):
+        controller.acceptance.rates("a")
+    with pytest.raises(KeyError):
+        controller.confidence.rates("a", _basis())

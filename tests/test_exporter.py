@@ -17,6 +17,7 @@ REPORT = EngineReport(
     verified_at={3: [4, 4, 4]},
     k_histogram=[5, 0, 0, 4],
     step_error=0.125,
+    step_costs={"draft": 0.01},
     predicted_goodput=12.0,
     traces=9,
     traces_dropped=1,

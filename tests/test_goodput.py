@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aurora.goodput import StepTimeModel, StepWork, choose_lengths, evaluate
+from aurora.goodput import NEURAL, TABLE, StepTimeModel, StepWork, choose, with_drafts
 
 
 def _work(**changes: int) -> StepWork:
@@ -23,13 +23,20 @@ def _model(costs: list[float]) -> StepTimeModel:
 
 @st.composite
 def _cases(draw):
-    requests, k_max = draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    requests, k_max = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     rate = st.floats(0.0, 1.0)
-    rates = np.array([[draw(rate) for _ in range(k_max)] for _ in range(requests)])
-    limits = np.array([draw(st.integers(0, k_max)) for _ in range(requests)])
+    rates = np.array([draw(rate) for _ in range(requests * 2 * k_max)]).reshape(requests, 2, k_max)
+    limits = np.array([[draw(st.integers(0, k_max)) for _ in range(2)] for _ in range(requests)])
     cost = st.floats(0.0, 0.2)
     costs = [draw(st.floats(0.01, 1.0)), *[draw(cost) for _ in range(7)]]
-    return np.cumprod(rates, axis=1), limits, costs
+    return np.cumprod(rates, axis=2), limits, costs
+
+
+def _goodput(options, gains, base, model) -> float:
+    """Of one (drafter, length) for each request, from the definition."""
+    cap = max((k for drafter, k in options if drafter == NEURAL), default=0)
+    emitted = len(options) + sum(gains[i, drafter, :k].sum() for i, (drafter, k) in enumerate(options))
+    return emitted / model.predict(with_drafts(base, sum(k for _, k in options), cap))
 
 
 @settings(max_examples=300, deadline=None)
@@ -37,28 +44,49 @@ def _cases(draw):
 def test_choice_equals_brute_force(case):
     gains, limits, costs = case
     model, base = _model(costs), _work(requests=len(gains))
-    chosen = choose_lengths(gains, limits, base, model)
-    every = product(*(range(limit + 1) for limit in limits))
-    best = max(evaluate(np.array(lengths), gains, base, model).goodput for lengths in every)
+    chosen = choose(gains, limits, base, model)
+    every = product(*([(d, k) for d in (NEURAL, TABLE) for k in range(row[d] + 1)] for row in limits))
+    assert chosen.goodput == pytest.approx(max(_goodput(options, gains, base, model) for options in every))
+    picked = list(zip(chosen.drafters, chosen.lengths, strict=True))
+    assert all(k <= limits[i, drafter] for i, (drafter, k) in enumerate(picked))
+    assert all(k <= chosen.cap for drafter, k in picked if drafter == NEURAL)
+
+
+@settings(max_examples=100, deadline=None)
+@given(_cases(), st.integers(0, 3))
+def test_with_the_drafts_already_made_the_choice_equals_brute_force(case, cap):
+    gains, limits, costs = case
+    limits[:, NEURAL] = np.minimum(limits[:, NEURAL], cap)
+    model, base = _model(costs), _work(requests=len(gains))
+    chosen = choose(gains, limits, base, model, caps=[cap])
+    every = product(*([(d, k) for d in (NEURAL, TABLE) for k in range(row[d] + 1)] for row in limits))
+    best = 0.0
+    for options in every:
+        emitted = len(options) + sum(gains[i, d, :k].sum() for i, (d, k) in enumerate(options))
+        best = max(best, emitted / model.predict(with_drafts(base, sum(k for _, k in options), cap)))
     assert chosen.goodput == pytest.approx(best)
-    assert all(k <= limit for k, limit in zip(chosen.lengths, limits, strict=True))
 
 
 def test_certain_acceptance_and_free_drafts_take_the_longest():
-    choice = choose_lengths(np.ones((2, 4)), np.array([4, 4]), _work(requests=2), _model([1.0, *[0] * 7]))
+    choice = choose(np.ones((2, 2, 4)), np.full((2, 2), 4), _work(requests=2), _model([1.0, *[0] * 7]))
     assert choice.lengths == (4, 4)
 
 
 def test_hopeless_drafts_are_not_made():
-    choice = choose_lengths(
-        np.zeros((2, 4)), np.array([4, 4]), _work(requests=2), _model([1.0, 0, 0.1, 0, 0, 0.1, 0, 0.1])
-    )
+    costs = _model([1.0, 0, 0.1, 0, 0, 0.1, 0, 0.1])
+    choice = choose(np.zeros((2, 2, 4)), np.full((2, 2), 4), _work(requests=2), costs)
     assert choice.lengths == (0, 0)
     assert choice.cap == 0
 
 
+def test_equal_drafts_come_from_the_drafter_that_costs_nothing():
+    choice = choose(np.full((1, 2, 1), 0.9), np.ones((1, 2), int), _work(), _model([1.0, 0, 0, 0, 0, 0.1, 0, 0]))
+    assert choice.drafters == (TABLE,)
+    assert choice.cap == 0
+
+
 def test_no_requests_is_an_empty_choice():
-    choice = choose_lengths(np.zeros((0, 3)), np.zeros(0, dtype=np.int64), _work(requests=0), _model([1.0] * 8))
+    choice = choose(np.zeros((0, 2, 3)), np.zeros((0, 2), dtype=np.int64), _work(requests=0), _model([1.0] * 8))
     assert choice.lengths == ()
 
 

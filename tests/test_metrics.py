@@ -11,6 +11,7 @@ versions = st.integers(0, 3)
 by_kind = {
     int: counts,
     float: seconds,
+    dict[str, float]: st.dictionaries(st.sampled_from(["draft", "request"]), seconds),
     dict[int, int]: st.dictionaries(versions, counts),
     dict[int, list[int]]: st.dictionaries(versions, st.lists(counts, max_size=4)),
     list[int]: st.lists(counts, max_size=5),
@@ -36,7 +37,14 @@ def test_a_report_survives_transport(report):
 
 def test_merge_adds_counters_and_keeps_the_latest_readings():
     a = EngineReport(
-        steps=2, draft_steps={1: 3}, accepted_at={1: [2]}, k_histogram=[1], step_error=0.5, swaps=1, swap_s=2.0
+        steps=2,
+        draft_steps={1: 3},
+        accepted_at={1: [2]},
+        k_histogram=[1],
+        step_error=0.5,
+        step_costs={"draft": 1.0},
+        swaps=1,
+        swap_s=2.0,
     )
     b = EngineReport(steps=1, draft_steps={1: 1, 2: 4}, accepted_at={1: [1, 1]}, k_histogram=[0, 2], step_error=0.25)
     merged = merge(a, msgspec.structs.replace(b, drafter_version=2))
@@ -46,6 +54,7 @@ def test_merge_adds_counters_and_keeps_the_latest_readings():
         accepted_at={1: [3, 1]},
         k_histogram=[1, 2],
         step_error=0.25,
+        step_costs={"draft": 1.0},
         swaps=1,
         swap_s=2.0,
         drafter_version=2,

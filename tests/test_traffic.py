@@ -24,7 +24,7 @@ from tests.waiting import wait_until
 class Endpoint:
     """An OpenAI-style server whose answers and counters follow a script.
 
-    Request n (from 0) is drafted by version n // 10; each of its 4 verification steps accepts n // 10 drafts.
+    Request n (from 0) is drafted by version 1 + n // 10; each of its 4 verification steps accepts n // 10 drafts.
     """
 
     def __init__(self):
@@ -76,21 +76,21 @@ class Endpoint:
                 yield chunk(choices=[{"index": 0, "delta": {"content": text}, "finish_reason": None}])
             if self.broken.get(prompt) == "cut":
                 return
-            self._count(version=number // 10)
+            self._count(number // 10)
             yield chunk(choices=[{"index": 0, "delta": {}, "finish_reason": "stop"}])
             yield chunk(choices=[], usage={"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8})
             yield "data: [DONE]\n\n"
         finally:
             self.open -= 1
 
-    def _count(self, version):
+    def _count(self, accepted):
         self.exporter.update(
             EngineReport(
                 request_steps=4,
-                emitted_tokens=4 * (1 + version),
-                draft_steps={version: 4},
-                accepted_tokens={version: 4 * version},
-                drafter_version=version,
+                emitted_tokens=4 * (1 + accepted),
+                draft_steps={1 + accepted: 4},
+                accepted_tokens={1 + accepted: 4 * accepted},
+                drafter_version=1 + accepted,
             )
         )
 
@@ -149,7 +149,7 @@ def test_a_run_without_failures(endpoint, send):
     assert result["acceptance_length_last_tenth"] == pytest.approx(10)
     assert result["acceptance_length"] == pytest.approx(5.5)
     assert result["tokens_per_step_last_tenth"] == pytest.approx(10)
-    assert result["drafter_versions"] == list(range(10))
+    assert result["drafter_versions"] == list(range(1, 11))
     assert [b["messages"][0]["content"] for b in endpoint.bodies] == prompts(100)
     first = endpoint.bodies[0]
     assert (first["model"], first["max_tokens"], first["temperature"], first["top_p"]) == ("tiny", 7, 0.5, 0.9)

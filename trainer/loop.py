@@ -23,6 +23,7 @@ from trainer.buffer import Replay
 from trainer.checkpoint import CheckpointRefused, load_checkpoint, save_checkpoint
 from trainer.gate import Verdict, judge
 from trainer.learner import Learner, StepMetrics
+from trainer.losses import LOSSES
 from trainer.rollout import build_batch
 
 log = logging.getLogger(__name__)
@@ -62,11 +63,14 @@ class TrainerLoop:
         self._target = TargetWeights.load(target_dir, device)
         self._store = DrafterStore(config.store_dir)
         self.version = ensure_drafter(self._store, target_dir, config.speculation, self._settings.seed).number
-        self._live = load_drafter(self._store.read(self.version).path, self._target)
+        self.live = load_drafter(self._store.read(self.version).path, self._target)
         self._learner = Learner(
-            load_drafter(self._store.read(self.version).path, self._target), self._target, self._settings
+            load_drafter(self._store.read(self.version).path, self._target),
+            self._target,
+            self._settings,
+            LOSSES[self._settings.loss],
         )
-        sizes = self._live.config
+        sizes = self.live.config
         self._replay = Replay(sizes.hidden_size, sizes.vocab_size, self._settings.replay_mib, self._settings.holdout)
         self._resume()
         self._changed = threading.Condition()  # guards the replay and the flags below
@@ -75,8 +79,14 @@ class TrainerLoop:
         self._gated_step = self._saved_step = self._learner.steps
         self._gated_at = self._saved_at = clock()
         self._trained_s = self._gate_s = 0.0  # since the last gate; of the last gate
+        self.gated_rates: list[float] = []  # conditional acceptance per position of the live version, as gated
         self.last_step: StepMetrics | None = None
         self.last_verdict: Verdict | None = None
+
+    @property
+    def live_directory(self) -> Path:
+        """Where the newest published version lies."""
+        return self._store.read(self.version).path
 
     @property
     def _checkpoints(self) -> Path:
@@ -137,14 +147,17 @@ class TrainerLoop:
             with self._changed:
                 self._changed.wait_for(lambda: self._stopped, timeout=idle)
 
-    def work(self) -> None:
-        """One unit: publish or checkpoint if due, else one optimiser step."""
+    def work(self) -> bool:
+        """One unit: publish or checkpoint if due, else one optimiser step; False when there is nothing to do."""
         if self._due_publication:
             self.publish()
         elif self._due_checkpoint:
             self.checkpoint()
         elif self._can_train:
             self.train()
+        else:
+            return False
+        return True
 
     @property
     def _can_train(self) -> bool:
@@ -189,7 +202,7 @@ class TrainerLoop:
             return None
         self._adapt_vocabulary()
         k_max = self.config.speculation.k_max
-        verdict = judge(self._learner.model, self._live, sequences, k_max, self._settings.gate_margin)
+        verdict = judge(self._learner.model, self.live, sequences, k_max, self._settings.gate_margin)
         self._trained_s, self._gate_s = 0.0, self._clock() - self._gated_at
         self.last_verdict = verdict
         log.info("gate: %.3f against %.3f live", verdict.candidate.length, verdict.live.length)
@@ -211,8 +224,8 @@ class TrainerLoop:
         published = self._store.publish(
             lambda directory: save_drafter(self._learner.model, directory, k_max, self._target), metadata
         )
-        self._live.load_state_dict(self._learner.model.state_dict())
-        self.version = published.number
+        self.live.load_state_dict(self._learner.model.state_dict())
+        self.version, self.gated_rates = published.number, metadata["gated_rates"]
         self._store.prune(self._settings.keep_versions)
         self._sinks.version(metadata, published.number)
         self.checkpoint()

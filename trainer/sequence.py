@@ -155,5 +155,10 @@ def to_bf16(bits: np.ndarray) -> Tensor:
     return _view_bf16(bits.copy())
 
 
+def from_bf16(rows: Tensor) -> np.ndarray:
+    """The bit patterns (uint16) of a bfloat16 tensor."""
+    return rows.contiguous().view(torch.uint16).numpy()
+
+
 def _view_bf16(bits: np.ndarray) -> Tensor:
     return torch.from_numpy(bits).view(torch.bfloat16)

@@ -16,6 +16,7 @@ from aurora.config import SpeculationConfig
 from aurora.environment import engine_environment
 from aurora.metrics import EngineReport
 from aurora.store import DrafterStore, DrafterVersion
+from aurora.trace import TABLE_VERSION
 from drafters import ensure_drafter
 
 pytestmark = pytest.mark.engine
@@ -86,12 +87,12 @@ def _speculate(drafter: DrafterVersion, method: str) -> dict[str, Any]:
     }
 
 
-def _aurora(drafter: DrafterVersion, method: str) -> dict[str, Any]:
+def _aurora(drafter: DrafterVersion, method: str, scheduler: str) -> dict[str, Any]:
     return {
         **_speculate(drafter, method),
-        "scheduler_cls": "serve.scheduler.AuroraScheduler",
+        "scheduler_cls": scheduler,
         "worker_extension_cls": "serve.worker.AuroraWorker",
-        "additional_config": {"aurora": {"fixed_k": 3, "exploration": 0.0}},
+        "additional_config": {"aurora": {"fixed_k": 3}},
         "install": {
             "sink_bytes": 0,
             "prompt_tokens": 0,
@@ -126,13 +127,20 @@ def target(tiny_model: Path) -> Samples:
     return _sample(tiny_model)[0]
 
 
-@pytest.mark.parametrize("method", ["greedy", "probabilistic"])
+@pytest.mark.parametrize(
+    ("method", "scheduler", "versions"),
+    [
+        ("greedy", "serve.scheduler.AuroraScheduler", {1}),
+        ("probabilistic", "tests.integration.mixed_scheduler.MixedScheduler", {1, TABLE_VERSION}),
+    ],
+)
 def test_drafts_leave_the_distribution_as_it_is(
-    method: str, target: Samples, tiny_model: Path, drafter: DrafterVersion
+    method: str, scheduler: str, versions: set[int], target: Samples, tiny_model: Path, drafter: DrafterVersion
 ) -> None:
-    samples, report = _sample(tiny_model, **_aurora(drafter, method))
+    samples, report = _sample(tiny_model, **_aurora(drafter, method, scheduler))
     assert report is not None
-    assert report.accepted_tokens[drafter.number] > 500, "drafts were accepted, so speculation had its say"
+    assert set(report.accepted_tokens) == versions
+    assert min(report.accepted_tokens.values()) > 500, "drafts were accepted, so speculation had its say"
     p = _p_values(target, samples)
     assert len(p) == len(SETTINGS) * len(PROMPTS) * TOKENS
     assert min(p) * len(p) > 0.001, f"smallest of {len(p)} p-values (Bonferroni): {sorted(p)[:5]}"

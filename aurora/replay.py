@@ -1,0 +1,238 @@
+"""`aurora replay`: any drafter and any training policy over recorded requests.
+
+The requests arrive in the order of a data set, `concurrency` at a time, and go through the portfolio that serves live:
+the same controller, tables, trainer. Acceptance is exact, because the target's tokens do not depend on the drafter: a
+draft is accepted when the recorded target said it. Time is modelled: each step takes what the costs of a live engine
+(`aurora bench --json`) say, and training gets `train_share` of it in real seconds.
+
+A request is drafted for by the version that was live when it arrived.
+"""
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from aurora.clockwork import Clockwork, Live, Outcome, PortfolioSpeculator, PromptLookup, Speculator, Training
+from aurora.config import AuroraConfig, UserError
+from aurora.goodput import StepTimeModel
+from aurora.prompts import read_prompts
+
+if TYPE_CHECKING:
+    from trainer.recording import Recording
+    from trainer.sequence import Sequence as Recorded
+
+POLICIES = {
+    "no_speculation": "decode plainly",
+    "prompt_lookup": "the text's own n-grams, 3 drafts whenever 2 to 4 tokens match (vLLM's `ngram`)",
+    "static_eagle3": "the drafter given, never trained, k by goodput",
+    "online_eagle3": "the drafter given, trained on what is served",
+    "ngram_table": "the table over own and served text, k by goodput",
+    "portfolio": "trained drafter and table, chosen by goodput",
+}
+_LEARNING = {"online_eagle3", "portfolio"}
+_WRONG = -1  # stands for a draft that the target did not say
+
+
+@dataclass(frozen=True)
+class ReplayOptions:
+    """What to replay and how; `aurora replay` has a flag for each. Raises UserError for values that make no sense."""
+
+    recording: Path
+    dataset: str
+    policy: str
+    costs: Path  # JSON file of `aurora bench --json`
+    split: str = "train"
+    variant: str | None = None
+    limit: int | None = None
+    drafter: Path | None = None  # None: made from the target
+    draft_vocab: int = 8192
+    concurrency: int = 4
+    k_max: int = 4
+    train_share: float = 0.15
+    seed: int = 0
+    json_file: Path | None = None
+    save_drafter: Path | None = None  # new directory for the drafter as trained in the end
+    domains: bool = True  # tell the controller and the tables each request's domain
+
+    def __post_init__(self) -> None:
+        if self.policy not in POLICIES:
+            raise UserError(f"--policy {self.policy}: no such policy; choose from {', '.join(POLICIES)}")
+        for name in ("concurrency", "k_max", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} {value}: must be above 0")
+        if self.save_drafter is not None and self.policy not in _LEARNING:
+            raise UserError(f"--save-drafter: {self.policy} trains none; choose from {', '.join(sorted(_LEARNING))}")
+        if self.save_drafter is not None and self.save_drafter.exists():
+            raise UserError(f"--save-drafter {self.save_drafter}: it exists; give a new directory")
+        if not 0 <= self.train_share <= 8:
+            raise UserError(f"--train-share {self.train_share}: must be between 0 and 8 seconds a second")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """All requests of one domain, or of all of them."""
+
+    domain: str
+    requests: int
+    acceptance_length: float  # tokens emitted by a verification that has drafts; 1.0 without any
+    acceptance_rate: float  # accepted of the drafted tokens; 0.0 without any
+    tokens_per_step: float  # of a request's decode steps, those without drafts included
+    tokens_per_s: float  # modelled
+    speedup: float  # over no speculation, same requests and costs
+
+
+def run(options: ReplayOptions) -> int:
+    """Replay and report. Raises UserError for what the user can mend."""
+    from trainer.recording import Recording
+
+    recording = Recording(options.recording.expanduser())
+    costs = read_costs(options.costs)
+    keys = _order(options, recording)
+    plain = _replay(options, recording, keys, costs, Speculator())
+    with tempfile.TemporaryDirectory(prefix="aurora-replay-") as scratch:
+        speculator, training, depths = _policy(options, recording, Path(scratch))
+        outcomes = _replay(options, recording, keys, costs, speculator, depths)
+        if options.save_drafter is not None and training is not None:
+            training.save(options.save_drafter)
+    cells = list(summarise(outcomes, plain))
+    spent_s = training.spent_s if training is not None else 0.0
+    _show(options, cells, spent_s)
+    if options.json_file is not None:
+        result = {
+            "policy": options.policy,
+            "options": {name: str(value) for name, value in asdict(options).items()},
+            "cells": [asdict(cell) for cell in cells],
+            "training_s": spent_s,
+            "requests": [asdict(outcome) for outcome in outcomes],
+        }
+        options.json_file.write_text(json.dumps(result, indent=1))
+    return 0
+
+
+def read_costs(file: Path) -> StepTimeModel:
+    """The step-time model that `aurora bench --json` measured. Raises UserError for a file that has none."""
+    try:
+        return StepTimeModel.known(json.loads(file.read_text())["step_costs"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--costs {file}: {error!r}; give a file that `aurora bench --json` wrote") from error
+
+
+def summarise(outcomes: list[Outcome], plain: list[Outcome]) -> Iterator[Cell]:
+    """One cell a domain, in order of appearance, and one for all (domain "all")."""
+    domains = list(dict.fromkeys(outcome.domain for outcome in outcomes))
+    for domain in [*domains, "all"]:
+        mine, base = ([o for o in group if domain in ("all", o.domain)] for group in (outcomes, plain))
+        drafted, draft_steps = sum(o.drafted for o in mine), sum(o.draft_steps for o in mine)
+        accepted, speed = sum(o.accepted for o in mine), _tokens_per_s(mine)
+        yield Cell(
+            domain=domain,
+            requests=len(mine),
+            acceptance_length=1 + accepted / draft_steps if draft_steps else 1.0,
+            acceptance_rate=accepted / drafted if drafted else 0.0,
+            tokens_per_step=1 + accepted / max(sum(o.steps for o in mine), 1),
+            tokens_per_s=speed,
+            speedup=speed / _tokens_per_s(base),
+        )
+
+
+def _tokens_per_s(outcomes: list[Outcome]) -> float:
+    return sum(o.emitted for o in outcomes) / sum(o.seconds for o in outcomes)
+
+
+def _order(options: ReplayOptions, recording: "Recording") -> list[str]:
+    """Keys of the recorded requests in the data set's order; conversations that were not recorded are passed over."""
+    from trainer.recording import request_key
+
+    conversations = read_prompts(options.dataset, split=options.split, variant=options.variant)
+    keys = [request_key(c.turns, turn) for c in conversations for turn in range(len(c.turns))]
+    present = [key for key in keys if key in recording]
+    if not present:
+        raise UserError(f"{options.recording} holds no request of {options.dataset}: record it with `aurora record`")
+    return present[: options.limit]
+
+
+_Depths = Callable[["Recorded"], Any]  # right neural drafts from each start, [starts]
+
+
+def _policy(
+    options: ReplayOptions, recording: "Recording", run_dir: Path
+) -> tuple[Speculator, Training | None, _Depths | None]:
+    """What drafts, what trains beside it, and how far the neural drafter is right on a request that arrives."""
+    if options.policy == "no_speculation":
+        return Speculator(), None, None
+    if options.policy == "prompt_lookup":
+        return PromptLookup(), None, None
+    from aurora.default_model import model_directory, resolve_model
+    from serve.portfolio import Portfolio
+    from trainer.verify import right_drafts
+
+    config = _config(options, recording, run_dir)
+    portfolio = Portfolio(config.speculation, options.k_max)
+    if options.policy == "ngram_table":
+        return PortfolioSpeculator(portfolio, options.k_max), None, None
+    model_dir = model_directory(resolve_model(config.model, config.cache_dir))
+    speculator = PortfolioSpeculator(portfolio, options.k_max)
+    from trainer.loop import TrainerLoop
+
+    loop = TrainerLoop(config, model_dir, clock=lambda: speculator.now_s)
+    training = Training(loop, options.train_share, portfolio.controller.drafter_changed)
+    if options.policy in _LEARNING:
+        speculator.training = training
+    return speculator, training, lambda request: right_drafts(loop.live, request, options.k_max)
+
+
+def _config(options: ReplayOptions, recording: "Recording", run_dir: Path) -> AuroraConfig:
+    drafters = {"ngram_table": ("ngram",), "portfolio": ("eagle3", "ngram")}.get(options.policy, ("eagle3",))
+    speculation = {"k_max": options.k_max, "drafters": drafters, "drafter": options.drafter}
+    speculation["draft_vocab"] = options.draft_vocab
+    return AuroraConfig.model_validate(
+        {
+            "model": recording.manifest.model,
+            "run_dir": run_dir,
+            "speculation": speculation,
+            "trainer": {"seed": options.seed},
+        }
+    )
+
+
+def _replay(  # noqa: PLR0917
+    options: ReplayOptions,
+    recording: "Recording",
+    keys: list[str],
+    costs: StepTimeModel,
+    speculator: Speculator,
+    depths: _Depths | None = None,
+) -> list[Outcome]:
+    """Outcomes in the order in which the requests ended."""
+
+    def arrivals() -> Iterator[Live]:
+        for number, key in enumerate(keys):
+            request = recording.read(key)
+            told = request.domain if options.domains else ""
+            right = depths(request) if depths is not None else None
+            yield Live(f"{number}", request, right, Outcome(request.domain), told)
+
+    outcomes = []
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("replay" if depths is None else options.policy, total=len(keys))
+        for live in Clockwork(costs, speculator, options.concurrency).run(arrivals()):
+            outcomes.append(live.outcome)
+            progress.advance(task)
+    return outcomes
+
+
+def _show(options: ReplayOptions, cells: list[Cell], spent_s: float) -> None:
+    table = Table("requests", "", "acceptance length", "rate", "tokens/step", "tokens/s", "over no speculation")
+    for cell in cells:
+        numbers = (cell.acceptance_length, cell.acceptance_rate, cell.tokens_per_step, cell.tokens_per_s, cell.speedup)
+        table.add_row(cell.domain, str(cell.requests), *(f"{number:.2f}" for number in numbers))
+    Console().print(f"{options.policy}: {POLICIES[options.policy]}; {spent_s:.0f} s of training")
+    Console().print(table)

@@ -1,0 +1,202 @@
+"""Drafting from what was said before: votes for the token after each n-gram, in tables of fixed size.
+
+A request drafts from its own table (prompt and output) and from one that earlier requests filled. The longest context
+that either of them knows decides; its votes, newer ones weighing more, name the next token, and so on for each further
+draft. A table is a hash table whose buckets forget the context that was seen longest ago: it never grows and ages by
+itself. The inner loops are compiled by numba. (n-gram drafting: Saxena 2023, prompt lookup; over served traffic:
+Oliaro et al. 2024, SuffixDecoding.)
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+Tokens = npt.NDArray[np.int32]
+Votes = npt.NDArray[np.float32]
+
+ORDER = 5  # longest context, in tokens
+_WAYS = 4  # candidates for the next token that a context keeps
+_PROBES = 4  # slots of a bucket
+_DECAY = np.float32(0.8)  # of a context's older votes at each new one
+_NONE = np.int64(-1)
+
+
+class Slots(NamedTuple):
+    """The arrays of a table of S slots."""
+
+    keys: npt.NDArray[np.uint64]  # [S] hash of the context; 0: empty
+    stamps: npt.NDArray[np.uint32]  # [S] clock at the last vote
+    tokens: Tokens  # [S, _WAYS] candidates; -1: none
+    votes: Votes  # [S, _WAYS]
+
+
+class NgramTable:
+    """Votes for the token after each context of 1 to `ORDER` tokens; 44 bytes a slot."""
+
+    def __init__(self, slots: int) -> None:
+        """slots: contexts that it can hold, rounded up to a power of two; a token learned takes up to `ORDER`."""
+        size = 1 << max(slots - 1, _PROBES).bit_length()
+        ways = (size, _WAYS)
+        self.slots = Slots(
+            np.zeros(size, np.uint64),
+            np.zeros(size, np.uint32),
+            np.full(ways, _NONE, np.int32),
+            np.zeros(ways, np.float32),
+        )
+        self._clock = 0
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self.slots)
+
+    def learn(self, text: Tokens, begin: int) -> None:
+        """Count that each token of text[begin:] followed the contexts before it; earlier tokens are context only."""
+        _learn(self.slots, text, begin, self._clock)
+        self._clock += len(text) - begin
+
+
+class Basis(NamedTuple):
+    """What each drafted token rests on; arrays of [n]."""
+
+    orders: npt.NDArray[np.int64]  # length of the context that decided
+    shares: Votes  # the token's part of that context's votes
+    votes: Votes  # all votes of that context
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """n drafted tokens, where n may be less than was asked for."""
+
+    tokens: Tokens
+    basis: Basis
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+NO_PROPOSAL = Proposal(
+    np.zeros(0, np.int32), Basis(np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, np.float32))
+)
+
+
+def propose(own: NgramTable, shared: NgramTable, text: Tokens, k: int) -> Proposal:
+    """Draft up to `k` tokens after `text`; fewer from where not even the last token was ever followed by another."""
+    begin = min(len(text), ORDER)
+    tail = np.empty(begin + k, np.int32)
+    tail[:begin] = text[len(text) - begin :]
+    basis = Basis(np.empty(k, np.int64), np.empty(k, np.float32), np.empty(k, np.float32))
+    n = _propose(own.slots, shared.slots, tail, begin, basis)
+    return Proposal(tail[begin : begin + n], Basis(basis.orders[:n], basis.shares[:n], basis.votes[:n]))
+
+
+@njit(cache=True)
+def _extended(key: np.uint64, token: np.int32) -> np.uint64:
+    """The key of a context with one more token in front (splitmix64's finaliser, Steele et al. 2014)."""
+    key = key ^ (np.uint64(token) + np.uint64(0x9E3779B97F4A7C15))
+    key = (key ^ (key >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    key = (key ^ (key >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return key ^ (key >> np.uint64(31))
+
+
+@njit(cache=True)
+def _find(slots: Slots, key: np.uint64) -> np.int64:
+    """Slot of `key`, or -1."""
+    mask = np.uint64(len(slots.keys) - 1)
+    for probe in range(_PROBES):
+        slot = np.int64((key + np.uint64(probe)) & mask)
+        if slots.keys[slot] == key:
+            return slot
+    return _NONE
+
+
+@njit(cache=True)
+def _claim(slots: Slots, key: np.uint64) -> np.int64:
+    """Slot of `key`; a new one takes the first empty, else the oldest slot of its bucket."""
+    mask = np.uint64(len(slots.keys) - 1)
+    chosen = _NONE
+    for probe in range(_PROBES):
+        slot = np.int64((key + np.uint64(probe)) & mask)
+        if slots.keys[slot] == key:
+            return slot
+        if slots.keys[slot] == 0:
+            chosen = slot
+            break
+        if chosen == _NONE or slots.stamps[slot] < slots.stamps[chosen]:
+            chosen = slot
+    slots.keys[chosen] = key
+    slots.tokens[chosen] = _NONE
+    slots.votes[chosen] = 0.0
+    return chosen
+
+
+@njit(cache=True)
+def _vote(tokens: Tokens, votes: Votes, token: np.int32) -> None:
+    """Add a vote for `token` to one slot ([_WAYS] each); the weakest candidate makes room."""
+    way, weakest = _NONE, np.int64(0)
+    for w in range(_WAYS):
+        votes[w] *= _DECAY
+        if tokens[w] == token:
+            way = np.int64(w)
+        if votes[w] < votes[weakest]:
+            weakest = np.int64(w)
+    if way == _NONE:
+        way = weakest
+        tokens[way] = token
+        votes[way] = 0.0
+    votes[way] += np.float32(1.0)
+
+
+@njit(cache=True)
+def _learn(slots: Slots, text: Tokens, begin: int, clock: int) -> None:
+    for i in range(begin, len(text)):
+        key = np.uint64(0)
+        for order in range(1, min(ORDER, i) + 1):
+            key = _extended(key, text[i - order])
+            slot = _claim(slots, key)
+            slots.stamps[slot] = clock + i - begin
+            _vote(slots.tokens[slot], slots.votes[slot], text[i])
+
+
+@njit(cache=True)
+def _propose(own: Slots, shared: Slots, tail: Tokens, begin: int, basis: Basis) -> int:
+    """Fill tail[begin:] with drafts; returns how many there are."""
+    chain = np.empty(ORDER, np.uint64)
+    for end in range(begin, len(tail)):
+        d = end - begin
+        key = np.uint64(0)
+        longest = min(ORDER, end)
+        for order in range(1, longest + 1):
+            key = _extended(key, tail[end - order])
+            chain[order - 1] = key
+        basis.orders[d] = 0
+        for order in range(longest, 0, -1):
+            a, b = _find(own, chain[order - 1]), _find(shared, chain[order - 1])
+            if a != _NONE or b != _NONE:
+                tail[end], most, total = _poll(own, a, shared, b)
+                basis.orders[d], basis.shares[d], basis.votes[d] = order, most / total, total
+                break
+        if basis.orders[d] == 0:
+            return d
+    return len(tail) - begin
+
+
+@njit(cache=True)
+def _poll(own: Slots, a: np.int64, shared: Slots, b: np.int64) -> tuple[np.int32, np.float32, np.float32]:
+    """(winner, its votes, all votes) of slot `a` of one table and slot `b` of the other together; -1: none there."""
+    tokens, votes = np.full(2 * _WAYS, _NONE, np.int32), np.zeros(2 * _WAYS, np.float32)
+    if a != _NONE:
+        tokens[:_WAYS], votes[:_WAYS] = own.tokens[a], own.votes[a]
+    if b != _NONE:
+        tokens[_WAYS:], votes[_WAYS:] = shared.tokens[b], shared.votes[b]
+    best, most = 0, np.float32(-1.0)
+    for w in range(2 * _WAYS):
+        both = votes[w]
+        for v in range(_WAYS, 2 * _WAYS):
+            if w < _WAYS and tokens[v] == tokens[w]:
+                both += votes[v]
+        if both > most:
+            best, most = w, both
+    return tokens[best], most, votes.sum()

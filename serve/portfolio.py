@@ -1,0 +1,110 @@
+"""The drafters of one engine, and what each request drafts with: controller and n-gram tables put together.
+
+It knows requests and tokens, no engine: the scheduler drives it with live steps, `aurora replay` with recorded ones.
+Order of calls in a step: `begin` for requests that are new, `plan` before it runs, `observe` with what it emitted,
+`settle` with what the neural drafter drafted at its end; `finish` when a request is over.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from aurora.config import SpeculationConfig
+from aurora.controller import Draft, Offer, Plan, RequestView, SpeculationController
+from aurora.goodput import NEURAL, TABLE
+from drafters.ngram import NO_PROPOSAL, Proposal
+from drafters.served_text import ServedText
+
+
+@dataclass(frozen=True)
+class Drafts:
+    """What was drafted for one request after a step, and what of it is verified in the next."""
+
+    neural: list[int]
+    table: Proposal
+    chosen: Draft
+
+    @property
+    def tokens(self) -> list[int]:
+        """The drafts to verify."""
+        tokens = self.table.tokens.tolist() if self.chosen.drafter == TABLE else self.neural
+        return tokens[: self.chosen.length]
+
+
+class Portfolio:
+    """Neural drafter, n-gram table, and the choice between them for each request and step."""
+
+    def __init__(self, config: SpeculationConfig, k_max: int) -> None:
+        self.controller = SpeculationController(
+            k_max=k_max,
+            fixed_k=config.fixed_k,
+            exploration=config.exploration,
+            neural="eagle3" in config.drafters,
+        )
+        self._k_max = k_max
+        self._isolate = config.isolate_tenants
+        self._text = ServedText(config.ngram_mib << 20) if "ngram" in config.drafters else None
+        self._drafts: dict[str, Drafts] = {}  # of the step at hand
+        self._plan = Plan(0, skip_drafter=True)
+
+    def begin(self, request_id: str, tenant: str, domain: str, prompt: Sequence[int], room: int) -> None:
+        """A request whose answer has at most `room` tokens; one that is known already is left alone."""
+        if self._text is not None and request_id not in self._text:
+            self._text.begin(request_id, (tenant if self._isolate else "", domain), prompt, room)
+
+    def plan(self, batch: list[RequestView]) -> Plan:
+        """What the neural drafter does at the end of the step that is about to run."""
+        self._plan = self.controller.plan(batch)
+        return self._plan
+
+    @property
+    def from_table(self) -> frozenset[str]:
+        """Requests whose drafts, to be verified in the next step, are the table's."""
+        return frozenset(r for r, drafts in self._drafts.items() if drafts.chosen.drafter == TABLE)
+
+    def observe(self, request_id: str, verified: int, emitted: list[int]) -> None:
+        """The target said `emitted` after verifying `verified` drafts: every draft shows how good it was.
+
+        Of a draft that was not verified only the first token is compared: what followed was seen only because another
+        drafter was right, which says that the text was easy.
+        """
+        if not emitted:
+            return
+        drafts = self._drafts.get(request_id)
+        if drafts is not None:
+            known = {d: max(verified, 1) if drafts.chosen.drafter == d else 1 for d in (NEURAL, TABLE)}
+            neural, table = drafts.neural[: known[NEURAL]], drafts.table.tokens[: known[TABLE]].tolist()
+            self.controller.observe_neural(request_id, len(neural), _agreement(neural, emitted))
+            self.controller.observe_table(request_id, drafts.table.basis, len(table), _agreement(table, emitted))
+        if self._text is not None and request_id in self._text:
+            self._text.extend(request_id, emitted)
+
+    def settle(self, neural: Mapping[str, list[int]], limits: Mapping[str, int]) -> Mapping[str, Drafts]:
+        """Choose among the drafts of the requests that emitted a token and go on.
+
+        neural: what the neural drafter drafted; of no use for cold requests. limits: longest draft each may have now.
+        """
+        warm = {r: [] if self.controller.is_cold(r) else tokens for r, tokens in neural.items()}
+        table = {r: self._propose(r) for r in neural}
+        offers = {r: Offer(limits[r], len(tokens), table[r].basis) for r, tokens in warm.items()}
+        chosen = self.controller.settle(self._plan, offers)
+        self._drafts = {r: Drafts(warm[r], table[r], draft) for r, draft in chosen.items()}
+        return self._drafts
+
+    def finish(self, request_ids: Iterable[str]) -> None:
+        """Requests are over: their answers may be drafted for others, all else is forgotten."""
+        for request_id in request_ids:
+            self.controller.finish([request_id])
+            self._drafts.pop(request_id, None)
+            if self._text is not None and request_id in self._text:
+                self._text.finish(request_id)
+
+    def _propose(self, request_id: str) -> Proposal:
+        if self._text is None or request_id not in self._text:
+            return NO_PROPOSAL
+        return self._text.propose(request_id, self._k_max)
+
+
+def _agreement(drafts: list[int], emitted: list[int]) -> int:
+    """Leading drafts that equal what was emitted."""
+    pairs = zip(drafts, emitted, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(drafts), len(emitted)))

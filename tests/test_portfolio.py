@@ -1,0 +1,108 @@
+"""Controller and tables put together: whose drafts are used, whose are learned from, who sees whose text."""
+
+from aurora.config import SpeculationConfig
+from aurora.controller import RequestView
+from aurora.goodput import NEURAL, StepWork
+from serve.portfolio import Portfolio
+
+K = 4
+
+
+def _portfolio(**fields: object) -> Portfolio:
+    return Portfolio(SpeculationConfig(k_max=K, ngram_mib=1, **fields), K)
+
+
+def _view(request_id: str) -> RequestView:
+    return RequestView(request_id, 10, drafting=True, limit=K)
+
+
+def _settled(portfolio: Portfolio, request_id: str, neural: list[int], limit: int = K) -> list[int]:
+    return portfolio.settle({request_id: neural}, {request_id: limit})[request_id].tokens
+
+
+def _say(portfolio: Portfolio, request_id: str, tokens: list[int], *, tenant: str = "", domain: str = "") -> None:
+    """A whole request that answers `tokens`."""
+    portfolio.begin(request_id, tenant, domain, [1], len(tokens))
+    portfolio.plan([_view(request_id)])
+    portfolio.observe(request_id, 0, tokens)
+    portfolio.finish([request_id])
+
+
+def _table_drafts(portfolio: Portfolio, prompt: list[int], *, tenant: str = "", domain: str = "") -> list[int]:
+    portfolio.begin("probe", tenant, domain, prompt, 8)
+    portfolio.plan([_view("probe")])
+    drafted: list[int] = portfolio.settle({"probe": []}, {"probe": K})["probe"].table.tokens.tolist()
+    portfolio.finish(["probe"])
+    return drafted
+
+
+def test_what_one_tenant_was_told_is_drafted_for_no_other_unless_that_is_allowed():
+    for isolated in (True, False):
+        portfolio = _portfolio(isolate_tenants=isolated)
+        _say(portfolio, "a", [50, 51, 52], tenant="alice")
+        assert _table_drafts(portfolio, [50], tenant="alice") == [51, 52]
+        assert _table_drafts(portfolio, [50], tenant="bob") == ([] if isolated else [51, 52])
+        assert _table_drafts(portfolio, [50], tenant="") == ([] if isolated else [51, 52])
+
+
+def test_fixed_k_verifies_the_neural_drafts_cut_to_the_limit():
+    portfolio = _portfolio(fixed_k=3)
+    portfolio.begin("a", "", "", [1, 2, 1], 8)
+    assert portfolio.plan([_view("a")]).cap == 3
+    assert _settled(portfolio, "a", [7, 8, 9]) == [7, 8, 9]
+    assert portfolio.from_table == frozenset()
+    assert _settled(portfolio, "a", [7, 8, 9], limit=1) == [7]
+
+
+def test_without_a_neural_drafter_the_table_drafts():
+    portfolio = _portfolio(drafters=("ngram",), fixed_k=2)
+    portfolio.begin("a", "", "", [1, 2, 3, 1], 8)
+    assert portfolio.plan([_view("a")]).skip_drafter
+    assert _settled(portfolio, "a", []) == [2, 3]
+    assert portfolio.from_table == {"a"}
+
+
+def test_without_a_table_nothing_is_remembered():
+    portfolio = _portfolio(drafters=("eagle3",))
+    _say(portfolio, "a", [50, 51, 52])
+    assert _table_drafts(portfolio, [50]) == []
+
+
+def test_neural_drafts_of_a_cold_request_are_void():
+    portfolio = _portfolio(exploration=0.0)
+    controller = portfolio.controller
+    controller._credit, controller._exploring = 0.0, False
+    controller.observe_step(StepWork(1, 0, 0, 10, 0, 0), 0.06)
+    controller.acceptance.start("probe")
+    for _ in range(100):
+        controller.observe_neural("probe", 1, 0)
+    portfolio.begin("a", "", "", [1], 8)
+    assert portfolio.plan([_view("a")]).skip_drafter
+    before = controller.acceptance.shared_rates()
+    assert _settled(portfolio, "a", [7, 8]) == []
+    portfolio.observe("a", 0, [7])
+    assert (controller.acceptance.shared_rates() == before).all()
+
+
+def test_drafts_that_were_not_verified_teach_by_their_first_token():
+    portfolio = _portfolio(fixed_k=4)
+    portfolio.begin("a", "", "", [1, 2, 3, 1], 20)
+    portfolio.plan([_view("a")])
+    drafts = portfolio.settle({"a": [2, 9, 9]}, {"a": K})["a"]
+    assert (drafts.chosen.drafter, drafts.table.tokens[:2].tolist()) == (NEURAL, [2, 3])
+    before = portfolio.controller.confidence.rates("a", drafts.table.basis)
+    portfolio.observe("a", 3, [2, 5])  # the target took the first neural draft; the table's first was the same
+    _, hits, expected = portfolio.controller.confidence._requests["a"]
+    assert hits == 1
+    assert 0 < expected <= 1
+    assert portfolio.controller.confidence.rates("a", drafts.table.basis)[0] > before[0]
+    own = portfolio.controller.acceptance._requests["a"][1]
+    assert (own.hits.tolist(), own.trials.tolist()) == ([1, 0, 0, 0], [1, 1, 0, 0])
+
+
+def test_finished_requests_leave_only_their_answer():
+    portfolio = _portfolio()
+    _say(portfolio, "a", [50, 51, 52])
+    assert portfolio._drafts == {}
+    assert portfolio.controller._known == {}
+    assert _table_drafts(portfolio, [50]) == [51, 52]

@@ -1,0 +1,186 @@
+"""Replay: exact acceptance along recorded text, modelled time, the same portfolio and trainer as live."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aurora.clockwork import Clockwork, Live, Outcome, PromptLookup, Speculator, lookup
+from aurora.config import UserError
+from aurora.goodput import COSTS, StepTimeModel
+from aurora.prompts import Conversation
+from aurora.replay import ReplayOptions, run
+from drafters import TargetWeights, load_drafter
+from drafters.rollout import Context, Nodes, run_rollouts
+from tests.tiny import TinyServer, prompts, tiny_config
+from trainer.recording import Manifest, Recording, RecordingWriter, request_key
+from trainer.sequence import OpenSequence, Sequence
+from trainer.verify import right_drafts
+
+TURNS = [(f"question {i}",) for i in range(12)]
+FREE = dict.fromkeys(COSTS, 0.0)
+
+
+@pytest.fixture(scope="module")
+def recorded(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve greedy answers of the tiny target, three of each of four prompts."""
+    server, out = TinyServer(directory), tmp_path_factory.mktemp("recording")
+    target = TargetWeights.load(directory)
+    how = Manifest(
+        model=str(directory),
+        fingerprint=target.fingerprint,
+        temperature=0.0,
+        top_p=1.0,
+        top_k=0,
+        max_tokens=24,
+        seed=0,
+    )
+    writer = RecordingWriter(out / "recording", how)
+    asked = prompts(4) * 3
+    for i, (turns, prompt) in enumerate(zip(TURNS, asked, strict=True)):
+        sequence: OpenSequence | None = None
+        for trace in server.traces("r", prompt, 24, lambda _truth, _step: [], domain=f"d{i % 2}"):
+            sequence = sequence or OpenSequence.begin(trace)
+            sequence.append(trace)
+        assert sequence is not None
+        whole = sequence.snapshot()
+        key = request_key(turns, 0)
+        writer.add(Sequence(key, f"d{i % 2}", 0, whole.prompt_tokens, whole.ids, whole.hidden, whole.aux, ()))
+    writer.flush()
+    rows = [json.dumps({"prompt": turns[0], "domain": f"d{i % 2}"}) for i, turns in enumerate(TURNS)]
+    (out / "order.jsonl").write_text("\n".join(rows))
+    costs = FREE | {"constant": 0.05, "request": 0.001, "draft": 0.002, "first_pass": 0.005, "further_pass": 0.003}
+    (out / "costs.json").write_text(json.dumps({"step_costs": costs}))
+    return out
+
+
+def _options(recorded: Path, policy: str, **fields: object) -> ReplayOptions:
+    fields = {"dataset": str(recorded / "order.jsonl"), "costs": recorded / "costs.json", "draft_vocab": 256} | fields
+    return ReplayOptions(recorded / "recording", policy=policy, **fields)
+
+
+def _result(recorded: Path, policy: str, tmp_path: Path, **fields: object) -> dict:
+    out = tmp_path / f"{policy}.json"
+    assert run(_options(recorded, policy, json_file=out, **fields)) == 0
+    return json.loads(out.read_text())
+
+
+def _lives(texts: list[list[int]], prompt_tokens: int = 4) -> list[Live]:
+    lives = []
+    for i, text in enumerate(texts):
+        rows = len(text) - 1
+        request = Sequence(
+            f"k{i}", "", 0, prompt_tokens, np.array(text), torch.zeros(rows, 1), torch.zeros(rows, 3), ()
+        )
+        lives.append(Live(f"{i}", request, None, Outcome(""), ""))
+    return lives
+
+
+def test_plain_decoding_takes_one_step_a_token_in_continuous_batches():
+    costs = StepTimeModel.known(FREE | {"constant": 1.0, "request": 0.1, "prefill_token": 0.01})
+    lives = _lives([list(range(7)), list(range(9)), list(range(6))])
+    clockwork = Clockwork(costs, Speculator(), concurrency=2)
+    done = list(clockwork.run(lives))
+    assert [live.name for live in done] == ["0", "1", "2"]
+    assert [live.outcome.emitted for live in lives] == [3, 5, 2]
+    assert [live.outcome.steps for live in lives] == [2, 4, 1]
+    # steps: prompts of 0 and 1; both decode, twice; 1 decodes, prompt of 2; 1 and 2 decode
+    assert clockwork.now_s == pytest.approx(5 * 1.0 + 0.1 * (2 + 2 + 1 + 2) + 0.01 * (8 + 4))
+    assert sum(live.outcome.seconds for live in lives) == pytest.approx(clockwork.now_s)
+
+
+def test_drafts_are_accepted_up_to_the_first_that_was_not_said():
+    text = [1, 2, 3, 9, 1, 2, 3, 8, 1, 2, 5, 6, 7, 8]
+    (live,) = Clockwork(StepTimeModel.known(FREE | {"constant": 1.0}), PromptLookup(), 1).run(_lives([text]))
+    outcome = live.outcome
+    assert outcome.emitted == len(text) - 4
+    assert 0 < outcome.accepted < outcome.drafted
+    assert outcome.emitted == 1 + outcome.steps + outcome.accepted
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.integers(0, 3), min_size=2, max_size=30))
+def test_lookup_is_vllms(text):
+    from vllm.v1.spec_decode.ngram_proposer import _find_longest_matched_ngram_and_propose_tokens
+
+    theirs = _find_longest_matched_ngram_and_propose_tokens(np.array(text, np.int32), 2, 4, 10_000, 3)
+    assert lookup(np.array(text)) == theirs.tolist()
+
+
+def test_right_drafts_are_those_of_drafting_one_token_at_a_time(recorded: Path, directory: Path, tmp_path: Path):
+    target = TargetWeights.load(directory)
+    from aurora.store import DrafterStore
+    from drafters import ensure_drafter
+
+    config = tiny_config(tmp_path)
+    version = ensure_drafter(DrafterStore(config.store_dir), directory, config.speculation, 0)
+    model = load_drafter(version.path, target)
+    sequence = Recording(recorded / "recording").read(request_key(TURNS[0], 0))
+    found = right_drafts(model, sequence, 3)
+    assert len(found) == sequence.end_start - sequence.first_start
+    for start in range(sequence.first_start, sequence.end_start):
+        drafts = _draft(model, sequence, start, 3)
+        truth = sequence.ids[start + 2 : start + 5].tolist()
+        agreed = next((i for i, (a, b) in enumerate(zip(drafts, truth, strict=False)) if a != b), len(truth))
+        assert found[start - sequence.first_start] == agreed
+
+
+def _draft(model, sequence: Sequence, start: int, k: int) -> list[int]:
+    """Greedy drafts after token start + 1, each reading the one before it."""
+    rows = start + 1
+    context = Context(torch.from_numpy(sequence.ids[1 : rows + 1]), sequence.aux[:rows], torch.arange(rows), (0, rows))
+    nodes = [Nodes(torch.tensor([start]), torch.from_numpy(sequence.ids[start + 1 : start + 2]), (0, 1))]
+    drafts: list[int] = []
+    for _ in range(k):
+        with torch.no_grad():
+            *_, state = run_rollouts(model, context, nodes)
+        drafts.append(int(model.draft_ids[model.logits(state).argmax(-1)]))
+        nodes.append(Nodes(torch.tensor([0]), torch.tensor(drafts[-1:]), (0, 1)))
+    return drafts
+
+
+@pytest.mark.parametrize("policy", ["no_speculation", "prompt_lookup", "static_eagle3", "ngram_table", "portfolio"])
+def test_every_policy_emits_the_recorded_tokens(recorded: Path, tmp_path: Path, policy: str):
+    result = _result(recorded, policy, tmp_path)
+    requests = result["requests"]
+    assert len(requests) == len(TURNS)
+    assert all(r["emitted"] == 24 for r in requests)
+    assert all(r["emitted"] == 1 + r["steps"] + r["accepted"] for r in requests)
+    assert {cell["domain"] for cell in result["cells"]} == {"d0", "d1", "all"}
+    if policy == "no_speculation":
+        assert [cell["speedup"] for cell in result["cells"]] == [1.0, 1.0, 1.0]
+
+
+def test_what_was_served_before_is_drafted_well(recorded: Path, tmp_path: Path):
+    """Every answer comes three times: from the second on the table knows it."""
+    result = _result(recorded, "ngram_table", tmp_path, concurrency=1)
+    assert result["cells"][-1]["speedup"] > 1.3
+    assert sum(r["accepted"] for r in result["requests"][4:]) > 0.6 * 23 * 8
+
+
+def test_online_training_raises_acceptance(recorded: Path, tmp_path: Path):
+    online = _result(recorded, "online_eagle3", tmp_path, train_share=2.0)
+    assert online["training_s"] > 0
+
+
+def test_bad_input_is_named(recorded: Path, tmp_path: Path):
+    with pytest.raises(UserError, match="--policy guess: no such policy; choose from no_speculation"):
+        _options(recorded, "guess")
+    with pytest.raises(UserError, match="aurora record"):
+        run(ReplayOptions(tmp_path, str(recorded / "order.jsonl"), "portfolio", recorded / "costs.json"))
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps({"prompt": "never recorded"}))
+    with pytest.raises(UserError, match="holds no request of"):
+        run(_options(recorded, "portfolio", dataset=str(other)))
+    broken = tmp_path / "costs.json"
+    broken.write_text('{"step_costs": {"constant": 1}}')
+    with pytest.raises(UserError, match=r"no cost of request.*aurora bench --json"):
+        run(_options(recorded, "portfolio", costs=broken))
+
+
+def test_conversations_share_the_key_with_their_recording():
+    assert request_key(Conversation(("question 0",)).turns, 0) == request_key(TURNS[0], 0)
