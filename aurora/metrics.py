@@ -21,6 +21,7 @@ class EngineReport(msgspec.Struct, frozen=True, kw_only=True):
     accepted_tokens: dict[int, int] = {}  # by drafter version
     accepted_at: dict[int, list[int]] = {}  # by drafter version, by position: times the draft was accepted
     verified_at: dict[int, list[int]] = {}  # by drafter version, by position: times it was verified
+    first_drafts: dict[int, list[int]] = {}  # by drafter version: drafts made, and those whose first token was right
     k_histogram: list[int] = []  # [k]: request steps with a draft of length k
     predicted_s: float = 0.0  # step time that the model predicted, over the steps that it predicted
     measured_s: float = 0.0  # what the same steps took
@@ -30,6 +31,7 @@ class EngineReport(msgspec.Struct, frozen=True, kw_only=True):
     traces: int = 0
     trace_bytes: int = 0
     traces_dropped: int = 0
+    traces_waiting: int = 0  # in the sink after the report's own were taken; the latest
     drafter_version: int = 0  # live at the time of the report
     swaps: int = 0
     swap_s: float = 0.0  # engine stall of the last swap
@@ -39,11 +41,11 @@ class EngineReport(msgspec.Struct, frozen=True, kw_only=True):
 def merge(earlier: EngineReport, later: EngineReport) -> EngineReport:
     """One report for two consecutive ones. Associative; `EngineReport()` is its left identity.
 
-    Counters add up. The live version is the later one's; `step_error`, `step_costs`, `swap_s` and `predicted_goodput`
-    are those of the last report that had a step, a fit, a swap or a prediction.
+    Counters add up. The live version and the waiting traces are the later one's; `step_error`, `step_costs`, `swap_s`
+    and `predicted_goodput` are those of the last report that had a step, a fit, a swap or a prediction.
     """
     merged = {f: _add(getattr(earlier, f), getattr(later, f)) for f in EngineReport.__struct_fields__}
-    merged["drafter_version"] = later.drafter_version
+    merged["drafter_version"], merged["traces_waiting"] = later.drafter_version, later.traces_waiting
     merged["step_error"] = (earlier if earlier.steps and not later.steps else later).step_error
     merged["step_costs"] = later.step_costs or earlier.step_costs
     merged["swap_s"] = (earlier if earlier.swaps and not later.swaps else later).swap_s
@@ -129,9 +131,11 @@ METRICS: dict[str, Metric] = {
     "aurora_traces_total": Metric("counter", "Traces captured"),
     "aurora_trace_bytes_total": Metric("counter", "Bytes of traces captured"),
     "aurora_traces_dropped_total": Metric("counter", "Traces dropped because the sink was full"),
+    "aurora_traces_waiting": Metric("gauge", "Traces that wait in the sink"),
     "aurora_drafter_version": Metric("gauge", "Drafter version that is live"),
     "aurora_swaps_total": Metric("counter", "Drafter versions swapped in"),
     "aurora_swap_failures_total": Metric("counter", "Swaps refused or rolled back"),
+    "aurora_rollbacks_total": Metric("counter", "Live versions taken back because they drafted worse"),
     "aurora_swap_seconds": Metric("gauge", "Engine stall of the last swap"),
     "aurora_trainer_alive": Metric("gauge", "1 while the trainer answers, else 0"),
 }

@@ -160,6 +160,7 @@ def add_traffic_options(parser: argparse.ArgumentParser) -> None:
     add("--temperature", type=float, default=0.0, metavar="T", help="default: %(default)s")
     add("--top-p", type=float, default=1.0, metavar="P", help="default: %(default)s")
     add("--seed", type=int, default=0, metavar="N", help="of the arrival times (default: %(default)s)")
+    add("--send-domain", action="store_true", help="label each request with the domain of its row, for Aurora's server")
     add("--timeout", type=float, default=600.0, metavar="S", help="of each request (default: %(default)s)")
     add("--json", dest="json_file", type=Path, metavar="FILE", help="write the result there too")
 

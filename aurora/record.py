@@ -80,7 +80,7 @@ def run(options: RecordOptions) -> int:
         if missing:
             engine = OfflineEngine(config, model_dir)
             try:
-                asyncio.run(_Recorder(engine, options, writer).record(missing))
+                asyncio.run(Recorder(engine, options, writer).record(missing))
             finally:
                 engine.close()
     done = sum(_complete(c, writer.keys) for c in conversations)
@@ -106,7 +106,7 @@ def _config(options: RecordOptions, scratch: Path) -> AuroraConfig:
             "model": options.model,
             "run_dir": scratch,
             "vllm_args": (*options.vllm_args, "--no-enable-prefix-caching"),  # cached prompts have no features
-            "speculation": {"fixed_k": 0},
+            "speculation": {"fixed_k": 0, "drafters": ("eagle3",), "draft_vocab": 256},  # nothing is drafted
             "capture": {"prompt_tokens": 1 << 30, "sink_mib": _SINK_MIB, "interval_s": _DRAIN_S},
         }
     )
@@ -133,11 +133,14 @@ def _complete(conversation: Conversation, keys: set[str]) -> bool:
     return all(request_key(conversation.turns, turn) in keys for turn in range(len(conversation.turns)))
 
 
-class _Recorder:
+class Recorder:
     """Sends conversations to an engine and writes each request once all of its traces are here."""
 
-    def __init__(self, engine: "OfflineEngine", options: RecordOptions, writer: "RecordingWriter") -> None:
+    def __init__(
+        self, engine: "OfflineEngine", options: RecordOptions, writer: "RecordingWriter", drain_s: float = _DRAIN_S
+    ) -> None:
         self._engine = engine
+        self._drain_s = drain_s
         self._options = options
         self._writer = writer
         self._open: dict[str, OpenSequence] = {}
@@ -188,7 +191,7 @@ class _Recorder:
 
     async def _drain_forever(self) -> None:
         while True:
-            await asyncio.sleep(_DRAIN_S)
+            await asyncio.sleep(self._drain_s)
             await self._drain()
 
     async def _drain(self) -> None:
@@ -196,13 +199,12 @@ class _Recorder:
         from trainer.sequence import OpenSequence
 
         complete, self._answered = self._answered, {}
-        while traces := await self._engine.drain():
-            for trace in traces:
-                key = trace.request_id.rpartition("-")[0]
-                if key not in self._open:
-                    self._open[key] = OpenSequence.begin(trace)
-                if not self._open[key].knows(trace):  # a preempted request is computed again
-                    self._open[key].append(trace)
+        for trace in await self._engine.drain():
+            key = trace.request_id.rpartition("-")[0]
+            if key not in self._open:
+                self._open[key] = OpenSequence.begin(trace)
+            if not self._open[key].knows(trace):  # a preempted request is computed again
+                self._open[key].append(trace)
         for key, domain in complete.items():
             sequence = self._open.pop(key).snapshot()
             self._writer.add(dataclasses.replace(sequence, request_id=key, domain=domain))

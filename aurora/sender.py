@@ -27,9 +27,15 @@ class Record:
 class Sender:
     """Sends single requests and whole conversations; what goes wrong with one is in its record, never raised."""
 
-    def __init__(self, client: "AsyncOpenAI", fields: Mapping[str, Any], timeout_s: float) -> None:
-        """fields: model and sampling parameters of every request. timeout_s: from sending to the end of the answer."""
+    def __init__(
+        self, client: "AsyncOpenAI", fields: Mapping[str, Any], timeout_s: float, send_domain: bool = False
+    ) -> None:
+        """fields: model and sampling parameters of every request. timeout_s: from sending to the end of the answer.
+
+        send_domain: label requests with their conversation's domain, as Aurora's server understands it.
+        """
         self.client = client
+        self._send_domain = send_domain
         self._fields = dict(fields)
         self._timeout_s = timeout_s
 
@@ -38,29 +44,30 @@ class Sender:
         messages: list[dict[str, str]] = []
         for turn in conversation.turns:
             messages.append({"role": "user", "content": turn})
-            record, answer = await self.request(messages)
+            record, answer = await self.request(messages, conversation.domain if self._send_domain else "")
             records.append(record)
             if record.error is not None:
                 return
             messages.append({"role": "assistant", "content": answer})
 
-    async def request(self, messages: list[dict[str, str]]) -> tuple[Record, str]:
+    async def request(self, messages: list[dict[str, str]], domain: str = "") -> tuple[Record, str]:
         """One streamed chat request: its record and the text of the answer."""
         import openai
 
         start = time.monotonic()
         try:
             async with asyncio.timeout(self._timeout_s):
-                return await self._stream(messages, start)
+                return await self._stream(messages, domain, start)
         except TimeoutError:
             error = f"no complete answer within --timeout {self._timeout_s:g} s"
         except (openai.OpenAIError, ValueError) as problem:
             error = one_line(problem)
         return Record(time.monotonic() - start, error=error), ""
 
-    async def _stream(self, messages: list[dict[str, str]], start: float) -> tuple[Record, str]:
+    async def _stream(self, messages: list[dict[str, str]], domain: str, start: float) -> tuple[Record, str]:
+        label = {"extra_body": {"vllm_xargs": {"domain": domain}}} if domain else {}
         stream: Any = await self.client.chat.completions.create(
-            messages=messages, stream=True, stream_options={"include_usage": True}, **self._fields
+            messages=messages, stream=True, stream_options={"include_usage": True}, **self._fields, **label
         )  # type: ignore[call-overload]
         answer: list[str] = []
         first, tokens, finished = None, 0, False

@@ -2,7 +2,8 @@
 
 Layout: `ROOT/v000007/{config.json, model.safetensors, READY}`. A version is written into a temporary directory beside
 it, flushed, renamed into place, and only then marked with `READY`, which holds the SHA-256 of every other file. A
-reader therefore sees a version whole or not at all, whatever the writer died of.
+reader therefore sees a version whole or not at all, whatever the writer died of. A version that turned out bad is
+marked `REJECTED` and is never the latest again.
 """
 
 import hashlib
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 READY = "READY"
+REJECTED = "REJECTED"
 _STAGING = ".publish-"
 _VERSION_DIR = re.compile(r"v(\d{6,})")
 _ALLOWED_SUFFIXES = (".json", ".safetensors")
@@ -100,14 +102,18 @@ class DrafterStore:
     def _path(self, number: int) -> Path:
         return self.root / f"v{number:06d}"
 
+    def reject(self, number: int, reason: str) -> None:
+        """Take a version out of use for good. Any process may say so."""
+        (self._path(number) / REJECTED).write_text(reason)
+
     def versions(self) -> list[int]:
-        """Numbers of the READY versions, ascending."""
+        """Numbers of the READY versions, rejected ones included, ascending."""
         found = (_VERSION_DIR.fullmatch(p.name) for p in self.root.iterdir())
         return sorted(int(m[1]) for m in found if m and (self.root / m[0] / READY).is_file())
 
     def latest(self) -> int | None:
-        """Number of the newest READY version, or None."""
-        return max(self.versions(), default=None)
+        """Number of the newest READY version that was not rejected, or None."""
+        return max((n for n in self.versions() if not (self._path(n) / REJECTED).exists()), default=None)
 
     def read(self, number: int) -> DrafterVersion:
         """The record of a READY version; files are not read (see `verify`). Raises DrafterRefused."""
@@ -131,13 +137,14 @@ class DrafterStore:
         return version
 
     def prune(self, keep: int) -> list[int]:
-        """Remove all but the newest `keep` versions; returns the numbers removed. Call from the writer only.
+        """Remove all but the latest and the newest `keep` versions; returns the numbers removed.
 
-        What a writer that died left behind goes, too.
+        Call from the writer only. What a writer that died left behind goes, too.
         """
         for abandoned in self.root.glob(f"{_STAGING}*"):
             shutil.rmtree(abandoned)
-        removed = self.versions()[: -keep or None]
+        latest = self.latest()
+        removed = [number for number in self.versions()[: -keep or None] if number != latest]
         for number in removed:
             (self._path(number) / READY).unlink()
             shutil.rmtree(self._path(number))
@@ -146,7 +153,7 @@ class DrafterStore:
 
 def _plain_files(directory: Path) -> list[Path]:
     """The drafter's files, sorted; refuses links, folders and any format that could hold code."""
-    files = sorted(p for p in directory.iterdir() if p.name not in (READY, f".{READY}"))
+    files = sorted(p for p in directory.iterdir() if p.name not in (READY, f".{READY}", REJECTED))
     for path in files:
         if path.is_symlink() or not path.is_file():
             raise DrafterRefused(f"{path}: only plain files belong in a drafter directory")

@@ -49,6 +49,7 @@ class TrafficOptions:
     api_key_file: Path | None = None  # None: AURORA_API_KEY
     json_file: Path | None = None
     seed: int = 0  # of the arrival times
+    send_domain: bool = False  # label each request with its row's domain
     timeout: float = 600.0  # seconds a request may take
 
     def __post_init__(self) -> None:
@@ -167,7 +168,7 @@ class Traffic:
     def _sender(self, client: "AsyncOpenAI", model: str) -> Sender:
         options = self.options
         sampling = {"max_tokens": options.max_tokens, "temperature": options.temperature, "top_p": options.top_p}
-        return Sender(client, {"model": model, **sampling}, options.timeout)
+        return Sender(client, {"model": model, **sampling}, options.timeout, options.send_domain)
 
     async def _send_all(self, sender: Sender, advance: Callable[[], None]) -> None:
         """Closed loop: workers that share one queue. Open loop: one task a conversation, asleep until it arrives."""

@@ -92,6 +92,13 @@ def propose(own: NgramTable, shared: NgramTable, text: Tokens, k: int) -> Propos
     return Proposal(tail[begin : begin + n], Basis(basis.orders[:n], basis.shares[:n], basis.votes[:n]))
 
 
+def compile_kernels() -> None:
+    """Compile the inner loops now (seconds, once per machine) instead of in the first request."""
+    table = NgramTable(0)
+    table.learn(np.zeros(2, np.int32), 0)
+    propose(table, table, np.zeros(2, np.int32), 1)
+
+
 @njit(cache=True)
 def _extended(key: np.uint64, token: np.int32) -> np.uint64:
     """The key of a context with one more token in front (splitmix64's finaliser, Steele et al. 2014)."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from drafters.ngram import ORDER, NgramTable, Proposal, Tokens, propose
+from drafters.ngram import ORDER, NgramTable, Proposal, Tokens, compile_kernels, propose
 
 _GROUP_SLOTS = 1 << 20  # contexts of a group: about 200,000 tokens
 _NOTHING = NgramTable(0)
@@ -34,6 +34,7 @@ class ServedText:
     """Texts of live requests, and tables of what finished ones said."""
 
     def __init__(self, limit_bytes: int, group_slots: int = _GROUP_SLOTS) -> None:
+        compile_kernels()
         self._limit = limit_bytes
         self._group_slots = group_slots
         self._shared: OrderedDict[Group, NgramTable] = OrderedDict()

@@ -11,6 +11,7 @@ import ray
 from prometheus_client import REGISTRY
 
 from aurora.config import AuroraConfig
+from aurora.guard import VersionGuard
 from aurora.store import DrafterStore
 from serve.engine import RunningEngine, install_seams, start_engine
 from serve.exporter import PrometheusExporter
@@ -78,10 +79,11 @@ class Server:
         exporter = PrometheusExporter(REGISTRY)
         forwarder = TraceForwarder(_ingest_into(self.trainer) if self.trainer is not None else None, exporter)
         report_to = _report_to(self.reporter) if self.reporter is not None else None
-        collect = collect_forever(engine, self.config, forwarder, exporter, report_to)
-        loops = [collect]
-        if self.config.learning:
-            loops.append(swap_forever(engine, DrafterStore(self.config.store_dir), exporter))
+        guard = VersionGuard(engine.drafter.number)
+        loops = [
+            collect_forever(engine, self.config, forwarder, (exporter.update, guard.observe), report_to),
+            swap_forever(engine, DrafterStore(self.config.store_dir), exporter, guard),
+        ]
         return [asyncio.create_task(_or_exit(loop)) for loop in loops]
 
 

@@ -28,6 +28,9 @@ class TraceSink:
         self._traces: deque[DraftTrace] = deque()
         self._bytes = 0
 
+    def __len__(self) -> int:
+        return len(self._traces)
+
     def put(self, trace: DraftTrace) -> None:
         self._traces.append(trace)
         self._bytes += trace.nbytes

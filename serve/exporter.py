@@ -83,6 +83,7 @@ class PrometheusExporter:
 
     def _set_gauges(self, report: EngineReport) -> None:
         self.set("aurora_drafter_version", report.drafter_version)
+        self.set("aurora_traces_waiting", report.traces_waiting)
         if report.steps:
             self.set("aurora_step_time_error", report.step_error)
         for part, seconds in report.step_costs.items():

@@ -3,12 +3,13 @@
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import msgspec
 
 from aurora.config import AuroraConfig
+from aurora.guard import VersionGuard
 from aurora.metrics import EngineReport, merge
 from aurora.store import DrafterRefused, DrafterStore
 from serve.engine import RunningEngine
@@ -27,6 +28,7 @@ class TrainerUnavailable(RuntimeError):
 
 
 Ingest = Callable[[bytes], Awaitable[None]]  # hands one payload to the trainer; raises TrainerUnavailable
+Observer = Callable[[EngineReport], None]
 Report = Callable[[dict[str, Any], float], None]  # hands counters and a wall-clock time to the reporter; never raises
 
 
@@ -69,7 +71,7 @@ async def collect_forever(
     engine: RunningEngine,
     config: AuroraConfig,
     forwarder: TraceForwarder,
-    exporter: PrometheusExporter,
+    observers: Sequence[Observer],
     report_to: Report | None,
 ) -> None:
     """Every `capture.interval_s` take traces and counters from the engine and pass both on; seldom when it is idle.
@@ -88,7 +90,8 @@ async def collect_forever(
         ((payload, encoded),) = await engine.client.collective_rpc("aurora_drain")
         report = msgspec.msgpack.decode(encoded, type=EngineReport)
         forwarder.send(payload, report.traces)
-        exporter.update(report)
+        for observe in observers:
+            observe(report)
         pending = report if pending is None else merge(pending, report)
         if report_to is not None and time.monotonic() - reported >= config.reporter.interval_s:
             report_to(msgspec.to_builtins(pending), time.time())
@@ -96,22 +99,29 @@ async def collect_forever(
 
 
 async def swap_forever(
-    engine: RunningEngine, store: DrafterStore, exporter: PrometheusExporter, poll_s: float = 1.0
+    engine: RunningEngine, store: DrafterStore, exporter: PrometheusExporter, guard: VersionGuard, poll_s: float = 1.0
 ) -> None:
-    """Bring every newly published drafter version into the engine; a refused one is counted and not tried again."""
-    assert engine.drafter is not None
-    live = engine.drafter.number
+    """Keep the store's latest version in the engine; one that cannot be swapped in or turns out worse is rejected.
+
+    Rejecting a live version makes an older one the latest, which is the rollback.
+    """
     while True:
         await asyncio.sleep(poll_s)
-        newest = store.latest()
-        if newest is None or newest <= live:
+        if guard.worse:
+            exporter.inc("aurora_rollbacks_total", {}, 1)
+            log.error("drafter version %d is rolled back: %s", guard.live, guard.worse)
+            store.reject(guard.live, guard.worse)
+        latest = store.latest()
+        if latest is None or latest == guard.live:
             continue
-        live = newest
         try:
-            await swap(engine, newest)
+            await swap(engine, latest)
         except SwapFailed as error:
             exporter.inc("aurora_swap_failures_total", {}, 1)
-            log.error("drafter version %d is not used: %s", newest, error)
+            log.error("drafter version %d is not used: %s", latest, error)
+            store.reject(latest, str(error))
+        else:
+            guard.swapped(latest)
 
 
 class SwapFailed(RuntimeError):

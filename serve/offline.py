@@ -5,8 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 from aurora.config import AuroraConfig
 from aurora.environment import engine_environment
+from aurora.metrics import EngineReport
 from aurora.trace import DraftTrace, decode_traces
 from serve.engine import install_seams, start_engine
 
@@ -56,10 +59,15 @@ class OfflineEngine:
         return answer
 
     async def drain(self) -> list[DraftTrace]:
-        """Traces since the last call, as many as one call can carry; empty when there are none."""
-        ((payload, _),) = await self._engine.client.collective_rpc("aurora_drain")
-        return decode_traces(payload) if payload else []
+        """All traces since the last call."""
+        traces, waiting = list[DraftTrace](), True
+        while waiting:
+            ((payload, encoded),) = await self._engine.client.collective_rpc("aurora_drain")
+            traces += decode_traces(payload) if payload else []
+            waiting = msgspec.msgpack.decode(encoded, type=EngineReport).traces_waiting > 0
+        return traces
 
     def close(self) -> None:
         """End the engine's processes."""
         self._engine.client.shutdown()
+        del self._engine  # its finaliser fails once the interpreter is ending

@@ -45,6 +45,7 @@ class Portfolio:
         self._text = ServedText(config.ngram_mib << 20) if "ngram" in config.drafters else None
         self._drafts: dict[str, Drafts] = {}  # of the step at hand
         self._plan = Plan(0, skip_drafter=True)
+        self._neural_drafts = self._right_first = 0
 
     def begin(self, request_id: str, tenant: str, domain: str, prompt: Sequence[int], room: int) -> None:
         """A request whose answer has at most `room` tokens; one that is known already is left alone."""
@@ -73,10 +74,19 @@ class Portfolio:
         if drafts is not None:
             known = {d: max(verified, 1) if drafts.chosen.drafter == d else 1 for d in (NEURAL, TABLE)}
             neural, table = drafts.neural[: known[NEURAL]], drafts.table.tokens[: known[TABLE]].tolist()
-            self.controller.observe_neural(request_id, len(neural), _agreement(neural, emitted))
+            right = _agreement(neural, emitted)
+            self.controller.observe_neural(request_id, len(neural), right)
             self.controller.observe_table(request_id, drafts.table.basis, len(table), _agreement(table, emitted))
+            self._neural_drafts += bool(neural)
+            self._right_first += right > 0
         if self._text is not None and request_id in self._text:
             self._text.extend(request_id, emitted)
+
+    def take_first_drafts(self) -> tuple[int, int]:
+        """Neural drafts since the last call, and how many of them had the right first token."""
+        counted = self._neural_drafts, self._right_first
+        self._neural_drafts = self._right_first = 0
+        return counted
 
     def settle(self, neural: Mapping[str, list[int]], limits: Mapping[str, int]) -> Mapping[str, Drafts]:
         """Choose among the drafts of the requests that emitted a token and go on.

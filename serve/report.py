@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from aurora.metrics import EngineReport
 
 if TYPE_CHECKING:
-    from serve.capture import StepFact
+    from serve.capture import StepFact, TraceSink
     from serve.scheduler import StepNotes
 
 
@@ -24,6 +24,7 @@ class StepCounter:
             self._swap_s
         ) = 0.0
         self._step_costs: dict[str, float] = {}
+        self._first_drafts: dict[int, list[int]] = defaultdict(lambda: [0, 0])
         self._k: Counter[int] = Counter()
         self._draft_steps: Counter[int] = Counter()
         self._drafted: Counter[int] = Counter()
@@ -47,6 +48,11 @@ class StepCounter:
             self._skipped += notes.skip_drafter
             self._busy_s += notes.measured_s
             self._step_error, self._step_costs = notes.step_error, notes.step_costs
+            drafts, right = notes.first_drafts
+            if drafts:
+                counted = self._first_drafts[notes.drafts_version]
+                counted[0] += drafts
+                counted[1] += right
             if notes.predicted_s:
                 self._predicted_s += notes.predicted_s
                 self._predicted_tokens += notes.predicted_tokens
@@ -55,8 +61,9 @@ class StepCounter:
     def swapped(self, version: int, seconds: float) -> None:
         self._version, self._swaps, self._swap_s = version, self._swaps + 1, seconds
 
-    def take(self, traces: int, trace_bytes: int, dropped: int) -> EngineReport:
-        """The report since the last call; `dropped` is the sink's running total."""
+    def take(self, traces: int, trace_bytes: int, sink: "TraceSink | None") -> EngineReport:
+        """The report since the last call, `traces` of `trace_bytes` having been taken from the sink."""
+        dropped = sink.dropped if sink is not None else 0
         report = EngineReport(
             steps=self._steps,
             request_steps=self._request_steps,
@@ -73,10 +80,12 @@ class StepCounter:
             measured_s=self._measured_s,
             step_error=self._step_error,
             step_costs=self._step_costs,
+            first_drafts=dict(self._first_drafts),
             predicted_goodput=self._predicted_tokens / self._predicted_s if self._predicted_s else 0.0,
             traces=traces,
             trace_bytes=trace_bytes,
             traces_dropped=dropped - self._dropped_before,
+            traces_waiting=len(sink) if sink is not None else 0,
             drafter_version=self._version,
             swaps=self._swaps,
             swap_s=self._swap_s,

@@ -38,6 +38,8 @@ class StepNotes:
     measured_s: float  # of the previous step; 0.0 if there was none
     step_error: float  # median absolute relative error of the step-time model
     step_costs: dict[str, float]  # seconds of each part of a step
+    drafts_version: int  # drafter version that made the neural drafts of the previous step
+    first_drafts: tuple[int, int]  # of them: how many there were, and how many had the right first token
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,8 @@ class AuroraScheduler(Scheduler):
             measured_s=measured,
             step_error=self.controller.step_time.median_error(),
             step_costs=self.controller.step_time.costs,
+            drafts_version=self._version or 0,
+            first_drafts=self.portfolio.take_first_drafts(),
         )
 
     def _observe_time(self, work: StepWork, seconds: float) -> None:

@@ -68,7 +68,7 @@ class AuroraWorker:
         sink = self._hooks.capture.sink
         traces = sink.drain(_DRAIN_BYTES) if sink is not None else []
         payload = encode_traces(traces) if traces else b""
-        report = self._hooks.counter.take(len(traces), len(payload), sink.dropped if sink is not None else 0)
+        report = self._hooks.counter.take(len(traces), len(payload), sink)
         return payload, msgspec.msgpack.encode(report)
 
     def aurora_stage(self, number: int) -> None:

@@ -9,6 +9,8 @@ import torch
 from prometheus_client import CollectorRegistry
 from safetensors.torch import save_file
 
+from aurora.guard import VersionGuard
+from aurora.metrics import EngineReport
 from aurora.store import DrafterStore
 from serve.exporter import PrometheusExporter
 from serve.feedback import SwapFailed, TraceForwarder, TrainerUnavailable, swap, swap_forever
@@ -104,13 +106,30 @@ async def test_a_refused_version_is_counted_and_the_next_one_tried(
 
     for _ in range(2):
         store.publish(save, {})
-    task = asyncio.create_task(swap_forever(Engine(aurora_stage=stage), store, exporter, poll_s=0.001))
+    task = asyncio.create_task(swap_forever(Engine(aurora_stage=stage), store, exporter, VersionGuard(1), poll_s=0.001))
     await until(lambda: count(exporter, "aurora_swap_failures_total") == 1)
     store.publish(save, {})
     await until(lambda: 3 in staged)
     await asyncio.sleep(0.02)
     task.cancel()
     assert staged == [2, 3], "each is tried once"
+    assert store.latest() == 3
+
+
+async def test_a_version_that_drafts_worse_is_rolled_back(tmp_path: Path, exporter: PrometheusExporter) -> None:
+    store, guard, staged = DrafterStore(tmp_path), VersionGuard(1), list[int]()
+    store.publish(save, {})
+    guard.observe(EngineReport(first_drafts={1: [400, 240]}))
+    store.publish(save, {})
+    task = asyncio.create_task(swap_forever(Engine(aurora_stage=staged.append), store, exporter, guard, poll_s=0.001))
+    await until(lambda: guard.live == 2)
+    guard.observe(EngineReport(first_drafts={2: [100, 0]}))
+    await until(lambda: guard.live == 1)
+    await asyncio.sleep(0.02)
+    task.cancel()
+    assert staged == [2, 1]
+    assert store.latest() == 1
+    assert count(exporter, "aurora_rollbacks_total") == 1
 
 
 async def test_a_busy_trainer_costs_traces_and_they_are_counted(exporter: PrometheusExporter) -> None:

@@ -184,7 +184,7 @@ def test_writers_that_race_get_different_numbers(store: DrafterStore) -> None:
     assert store.versions() == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize(("keep", "left"), [(1, [4]), (3, [2, 3, 4]), (9, [1, 2, 3, 4]), (0, [])])
+@pytest.mark.parametrize(("keep", "left"), [(1, [4]), (3, [2, 3, 4]), (9, [1, 2, 3, 4]), (0, [4])])
 def test_pruning_keeps_the_newest(store: DrafterStore, keep: int, left: list[int]) -> None:
     for _ in range(4):
         store.publish(writer(), {})
@@ -207,3 +207,25 @@ def test_what_a_dead_writer_left_is_pruned_and_versions_are_readable_by_others(t
     assert store.prune(2) == []
     assert not abandoned.exists()
     assert version.path.stat().st_mode & 0o755 == 0o755
+
+
+def test_a_rejected_version_is_never_the_latest_again(store: DrafterStore) -> None:
+    for _ in range(3):
+        store.publish(writer(), {})
+    store.reject(3, "drafts nothing")
+    assert store.latest() == 2
+    assert store.versions() == [1, 2, 3]
+    store.verify(3)
+    assert DrafterStore(store.root).latest() == 2
+    assert store.publish(writer(), {}).number == 4
+    assert store.latest() == 4
+
+
+def test_pruning_never_takes_the_latest(store: DrafterStore) -> None:
+    for _ in range(4):
+        store.publish(writer(), {})
+    for number in (3, 4):
+        store.reject(number, "bad")
+    store.prune(1)
+    assert store.versions() == [2, 4]
+    assert store.latest() == 2

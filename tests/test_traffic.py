@@ -159,6 +159,14 @@ def test_a_run_without_failures(endpoint, send):
         assert row in printed.out
 
 
+def test_domains_are_sent_where_asked_for(endpoint, send):
+    rows = [{"prompt": "p0", "domain": "sql"}, {"prompt": "p1"}]
+    for asked, expected in ((True, [{"domain": "sql"}, None]), (False, [None, None])):
+        endpoint.bodies.clear()
+        send(rows, concurrency=1, send_domain=asked)
+        assert [body.get("vllm_xargs") for body in endpoint.bodies] == expected
+
+
 def test_concurrency_is_reached_and_not_exceeded(endpoint, send):
     endpoint.delay_s = 0.05
     _, result, _ = send(prompts(12), concurrency=4)

@@ -98,6 +98,28 @@ def test_without_held_out_traffic_nothing_is_published(
     assert (loop.version, loop.last_verdict) == (1, None)
 
 
+def test_after_a_rollback_training_goes_on_from_the_version_that_serves(
+    directory: Path, traffic: list, tmp_path: Path, clock: Clock
+) -> None:
+    loop = make(directory, tmp_path, clock)
+    loop.ingest(encode_traces(traffic))
+    for _ in range(STEPS):
+        loop.train()
+    assert loop.publish() is not None
+    store = DrafterStore(loop.config.store_dir)
+    first = load_drafter(store.read(1).path, TargetWeights.load(directory)).state_dict()
+    store.reject(2, "drafts worse than version 1")
+    loop.publish()
+    assert loop.version == 1
+    assert all(torch.equal(t, first[name]) for name, t in loop.live.state_dict().items())
+    for _ in range(STEPS):
+        loop.train()
+    published = loop.publish()
+    assert published is not None
+    assert published.number == 3
+    assert published.metadata["parent"] == 1
+
+
 def test_old_versions_are_pruned(directory: Path, traffic: list, tmp_path: Path, clock: Clock) -> None:
     loop = make(directory, tmp_path, clock, publish_interval_s=1, keep_versions=2)
     loop.ingest(encode_traces(traffic))

@@ -1,4 +1,4 @@
-"""The gate: a candidate is published only if it drafts at least as well as the live drafter on requests held back.
+"""The gate: a candidate is published only if it drafts better than the live drafter on requests held back.
 
 Both draft greedily along the same recorded responses, from every row, `k` tokens deep, and a draft counts up to its
 first wrong token. Temperature plays no part: the measure is the one that decides speed, taken on the newest traffic.
@@ -43,10 +43,10 @@ class Verdict:
 
 
 def judge(candidate: Eagle3, live: Eagle3, sequences: list[Sequence], k: int, margin: float) -> Verdict:
-    """Compare two drafters. The candidate passes at `margin` tokens above the live one, and never below it."""
+    """Compare two drafters. The candidate passes above the live one, by `margin` tokens at least."""
     batches = _batches(sequences, k, str(candidate.inv_freq.device))
     new, old = measure(candidate, batches), measure(live, batches)
-    return Verdict(new, old, passed=new.rows > 0 and new.length >= old.length + max(margin, 0.0))
+    return Verdict(new, old, passed=new.length > old.length and new.length >= old.length + margin)
 
 
 def _batches(sequences: list[Sequence], k: int, device: str) -> list[Batch]:

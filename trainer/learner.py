@@ -45,6 +45,7 @@ class Learner:
         self.config = config
         self.loss = loss
         self.steps = 0
+        self._warm_from = 0  # step at which the warm-up began
         self.tokens = 0  # rollout starts trained on, passes counted
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
@@ -79,7 +80,7 @@ class Learner:
 
     def _warm_up(self) -> float:
         """Set this step's learning rate: linear over the first steps, then constant."""
-        rate = self.config.learning_rate * min(1.0, (self.steps + 1) / self.config.warmup_steps)
+        rate = self.config.learning_rate * min(1.0, (self.steps - self._warm_from + 1) / self.config.warmup_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         return rate
@@ -108,6 +109,13 @@ class Learner:
             self.model.d2t.copy_(to_offsets(ids))
             self.model.t2d.copy_(to_mask(ids, len(self.model.t2d)))
         self._draft_head = fresh
+
+    def restart(self, model: Eagle3) -> None:
+        """Go on from another drafter's weights, with empty Adam moments and a new warm-up."""
+        self.model.load_state_dict(model.state_dict())
+        self.optimizer.state.clear()
+        self._warm_from = self.steps
+        self.reload()
 
     def reload(self) -> None:
         """Follow a vocabulary that was written into the model from outside (a checkpoint)."""

@@ -192,8 +192,21 @@ class TrainerLoop:
         )
         return metrics
 
+    def _follow_rollback(self) -> None:
+        """When the server has rejected the newest version, go back to the one that serves."""
+        latest = self._store.latest()
+        if latest is None or latest >= self.version:
+            return
+        log.warning("version %d was rejected; training goes on from version %d", self.version, latest)
+        served = load_drafter(self._store.verify(latest).path, self._target)
+        self.live.load_state_dict(served.state_dict())
+        self._learner.restart(served)
+        self.version = latest
+        self.gated_rates = [float(rate) for rate in self._store.read(latest).metadata.get("gated_rates") or []]
+
     def publish(self) -> DrafterVersion | None:
         """Gate the drafter and publish it if it passes; None when it does not or nothing was held out yet."""
+        self._follow_rollback()
         self._gated_at, self._gated_step = self._clock(), self._learner.steps
         with self._changed:
             sequences = self._replay.held_out(self._settings.gate_sequences)

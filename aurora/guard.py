@@ -1,0 +1,71 @@
+"""Is the drafter version that was just swapped in worse than the one before it? Judged by live drafts.
+
+The gate has compared them on held-back requests; this catches what the gate cannot see. Both are judged by the first
+token of each draft, which is known to be right or wrong after the next step, verified or not. The newer one counts as
+worse when its rate of right tokens lies below `_KEEP` times the older one's by `_SIGMAS` standard errors (one-sided
+test of two proportions with one observation of each outcome added; Agresti & Caffo 2000).
+"""
+
+import math
+from dataclasses import dataclass, field
+
+from aurora.metrics import EngineReport
+
+_KEEP = 0.9  # share of the older version's acceptance rate that a newer one may not fall below
+_SIGMAS = 3.0
+_LEAST = 20  # drafts of each before anything is said
+_PROBATION = 1000  # drafts after which a version is trusted
+_MEMORY = 1000  # drafts of a version that are remembered
+
+
+@dataclass
+class _Seen:
+    right: float = 0.0
+    drafts: float = 0.0
+
+    def add(self, right: int, drafts: int) -> None:
+        fade = max(0.0, 1.0 - drafts / _MEMORY) if self.drafts + drafts > _MEMORY else 1.0
+        self.right = fade * self.right + right
+        self.drafts = fade * self.drafts + drafts
+
+    @property
+    def rate(self) -> float:
+        return (self.right + 1) / (self.drafts + 2)
+
+    @property
+    def variance(self) -> float:
+        return self.rate * (1 - self.rate) / (self.drafts + 2)
+
+
+@dataclass
+class VersionGuard:
+    """Watches the version `live`; tell it of every report and of every swap."""
+
+    live: int
+    _before: int | None = None
+    _seen: dict[int, _Seen] = field(default_factory=dict)
+
+    def swapped(self, version: int) -> None:
+        """`version` drafts from now on and is on probation against the one before it."""
+        self._before, self.live = self.live, version
+        self._seen = {v: seen for v, seen in self._seen.items() if v == self._before}
+
+    def observe(self, report: EngineReport) -> None:
+        """Count the first drafts of a report."""
+        for version, (drafts, right) in report.first_drafts.items():
+            if version in (self.live, self._before):
+                self._seen.setdefault(version, _Seen()).add(right, drafts)
+
+    @property
+    def worse(self) -> str:
+        """Why the live version should go, or "" while there is no reason."""
+        old, new = self._seen.get(self._before or 0), self._seen.get(self.live)
+        if old is None or new is None or min(old.drafts, new.drafts) < _LEAST or new.drafts > _PROBATION:
+            return ""
+        missing = _KEEP * old.rate - new.rate
+        if missing < _SIGMAS * math.sqrt(_KEEP**2 * old.variance + new.variance):
+            return ""
+        return (
+            f"{new.rate:.2f} of the first tokens of its {new.drafts:.0f} drafts were right, "
+            f"of version {self._before} {old.rate:.2f}"
+        )
