@@ -2,15 +2,12 @@
 
 import json
 import os
-import shutil
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import openai
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
 from aurora.store import DrafterStore
 from aurora.traffic import TrafficOptions, run
@@ -72,36 +69,6 @@ def test_the_death_of_an_actor_fails_no_request(learning: ServedModel, actor: st
     if actor == "Trainer":
         learning.serve_until_version(version + 1)
         assert learning.actor_pid(actor) != pid
-
-
-def test_a_worse_drafter_is_rolled_back(learning: ServedModel) -> None:
-    """A drafter with scrambled weights, put into the store behind the trainer's back, is taken out again."""
-    learning.serve_until_version(2)
-    store, trainer = DrafterStore(learning.run_dir / "drafters"), learning.actor_pid("Trainer")
-    os.kill(trainer, signal.SIGSTOP)  # no version of its own meanwhile
-    try:
-        good = int(learning.metric("aurora_drafter_version"))
-        learning.answers(random_prompts(60, seed=5))
-        bad = store.publish(lambda directory: _scrambled(store.read(good).path, directory), {}).number
-        learning.serve_until_version(bad)
-        for _ in range(40):
-            learning.answers(random_prompts(16, seed=6))
-            if learning.metric("aurora_drafter_version") == good:
-                break
-        assert learning.metric("aurora_drafter_version") == good
-        assert learning.metric("aurora_rollbacks_total") == 1
-        assert store.latest() == good
-    finally:
-        os.kill(trainer, signal.SIGCONT)
-
-
-def _scrambled(source: Path, directory: Path) -> None:
-    tensors = load_file(source / "model.safetensors")
-    rows = torch.randperm(len(tensors["lm_head.weight"]), generator=torch.Generator().manual_seed(0))
-    save_file(
-        tensors | {"lm_head.weight": tensors["lm_head.weight"][rows].contiguous()}, directory / "model.safetensors"
-    )
-    shutil.copy(source / "config.json", directory)
 
 
 def test_published_versions_verify_and_wandb_wrote_offline(learning: ServedModel) -> None:
