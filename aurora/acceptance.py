@@ -102,7 +102,11 @@ class AcceptanceModel:
         """Expected extra tokens of each further draft position: cumulative products of the rates, [requests, k_max]."""
         if not request_ids:
             return np.zeros((0, self.k_max))
-        rates = np.array([self.rates(r) for r in request_ids], dtype=np.float64)
+        followed = [self._requests[r] for r in request_ids]
+        shared = {domain: self.shared_rates(domain) for domain in {domain for domain, _ in followed}}
+        prior = np.array([shared[domain] for domain, _ in followed])
+        hits, trials = np.array([own.hits for _, own in followed]), np.array([own.trials for _, own in followed])
+        rates: Floats = (hits + _REQUEST_PRIOR * prior) / (trials + _REQUEST_PRIOR)
         return rates.cumprod(axis=1)
 
 

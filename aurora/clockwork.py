@@ -229,7 +229,7 @@ class PortfolioSpeculator(Speculator):
 
 
 class Training:
-    """The trainer beside a replay: it gets `share` real seconds of work for each modelled second."""
+    """The trainer beside a replay: it gets `share` core-seconds of work for each modelled second."""
 
     def __init__(self, loop: "TrainerLoop", share: float, changed: Callable[[list[float]], None]) -> None:
         """changed: told the gated rates of each version that becomes live."""
@@ -244,9 +244,9 @@ class Training:
         self._credit_s += self._share * seconds
         version = self.loop.version
         while self._credit_s > 0:
-            began = time.perf_counter()
+            began = time.process_time()
             idle = not self.loop.work()
-            took = time.perf_counter() - began
+            took = time.process_time() - began
             self.spent_s += took
             self._credit_s = 0.0 if idle else self._credit_s - took  # spare time does not keep
         if self.loop.version != version:

@@ -11,8 +11,10 @@ trickle. The table needs no exploration: what it would have drafted is compared 
 """
 
 import dataclasses
+import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import numpy as np
 
@@ -191,10 +193,9 @@ class SpeculationController:
 
     def _worth(self, view: RequestView, table: DraftBasis | None) -> Floats:
         """Expected extra tokens of the table's drafts by position, [k_max]; remembered as the request's usual ones."""
-        gains = np.zeros(self.k_max)
-        if table is not None:
-            rates = self.confidence.rates(view.request_id, table)[: self.k_max]
-            gains[: len(rates)] = rates.cumprod()
+        rates = self.confidence.rates(view.request_id, table)[: self.k_max] if table is not None else []
+        worth = [*accumulate(rates, operator.mul), *[0.0] * (self.k_max - len(rates))]
+        gains = np.array(worth)
         self._curves[view.request_id] = gains + _CURVE_MEMORY * (self._curve(view) - gains)
         domain = self._domain_curves.get(view.domain, gains)
         self._domain_curves[view.domain] = gains + _DOMAIN_CURVE_MEMORY * (domain - gains)

@@ -237,8 +237,10 @@ def add_replay_options(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.15,
         metavar="S",
-        help=("real seconds of training in a modelled second (default: %(default)s)"),
+        help=("core-seconds of training in a modelled second (default: %(default)s)"),
     )
+    add("--results", type=Path, metavar="FILE", help="put rows of results there")
+    add("--experiment", default="replay", metavar="NAME", help="of these rows (default: %(default)s)")
     add("--save-drafter", type=Path, metavar="DIR", help="keep the drafter that training ended with")
     add("--no-domains", dest="domains", action="store_false", help="tell nobody which domain a request is of")
     add("--seed", type=int, default=0, metavar="N", help="of training (default: %(default)s)")

@@ -3,7 +3,7 @@
 The requests arrive in the order of a data set, `concurrency` at a time, and go through the portfolio that serves live:
 the same controller, tables, trainer. Acceptance is exact, because the target's tokens do not depend on the drafter: a
 draft is accepted when the recorded target said it. Time is modelled: each step takes what the costs of a live engine
-(`aurora bench --json`) say, and training gets `train_share` of it in real seconds.
+(`aurora bench --json`) say, and training gets `train_share` of it in core-seconds.
 
 A request is drafted for by the version that was live when it arrived.
 """
@@ -23,6 +23,8 @@ from aurora.clockwork import Clockwork, Live, Outcome, PortfolioSpeculator, Prom
 from aurora.config import AuroraConfig, UserError
 from aurora.goodput import StepTimeModel
 from aurora.prompts import read_prompts
+from aurora.replay_result import Cell, recovery, rows, summarise
+from aurora.results import read_rows, write_rows
 
 if TYPE_CHECKING:
     from trainer.recording import Recording
@@ -59,6 +61,8 @@ class ReplayOptions:
     seed: int = 0
     json_file: Path | None = None
     save_drafter: Path | None = None  # new directory for the drafter as trained in the end
+    results: Path | None = None  # file of rows (`aurora.results`)
+    experiment: str = "replay"  # name of these rows
     domains: bool = True  # tell the controller and the tables each request's domain
 
     def __post_init__(self) -> None:
@@ -73,20 +77,7 @@ class ReplayOptions:
         if self.save_drafter is not None and self.save_drafter.exists():
             raise UserError(f"--save-drafter {self.save_drafter}: it exists; give a new directory")
         if not 0 <= self.train_share <= 8:
-            raise UserError(f"--train-share {self.train_share}: must be between 0 and 8 seconds a second")
-
-
-@dataclass(frozen=True)
-class Cell:
-    """All requests of one domain, or of all of them."""
-
-    domain: str
-    requests: int
-    acceptance_length: float  # tokens emitted by a verification that has drafts; 1.0 without any
-    acceptance_rate: float  # accepted of the drafted tokens; 0.0 without any
-    tokens_per_step: float  # of a request's decode steps, those without drafts included
-    tokens_per_s: float  # modelled
-    speedup: float  # over no speculation, same requests and costs
+            raise UserError(f"--train-share {self.train_share}: must be between 0 and 8 core-seconds a second")
 
 
 def run(options: ReplayOptions) -> int:
@@ -105,12 +96,15 @@ def run(options: ReplayOptions) -> int:
     cells = list(summarise(outcomes, plain))
     spent_s = training.spent_s if training is not None else 0.0
     _show(options, cells, spent_s)
+    if options.results is not None:
+        known = read_rows(options.results)
+        write_rows(options.results, rows(options.experiment, options.policy, cells, recovery(outcomes), known))
     if options.json_file is not None:
         result = {
             "policy": options.policy,
             "options": {name: str(value) for name, value in asdict(options).items()},
             "cells": [asdict(cell) for cell in cells],
-            "training_s": spent_s,
+            "training_core_s": spent_s,
             "requests": [asdict(outcome) for outcome in outcomes],
         }
         options.json_file.write_text(json.dumps(result, indent=1))
@@ -123,28 +117,6 @@ def read_costs(file: Path) -> StepTimeModel:
         return StepTimeModel.known(json.loads(file.read_text())["step_costs"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--costs {file}: {error!r}; give a file that `aurora bench --json` wrote") from error
-
-
-def summarise(outcomes: list[Outcome], plain: list[Outcome]) -> Iterator[Cell]:
-    """One cell a domain, in order of appearance, and one for all (domain "all")."""
-    domains = list(dict.fromkeys(outcome.domain for outcome in outcomes))
-    for domain in [*domains, "all"]:
-        mine, base = ([o for o in group if domain in ("all", o.domain)] for group in (outcomes, plain))
-        drafted, draft_steps = sum(o.drafted for o in mine), sum(o.draft_steps for o in mine)
-        accepted, speed = sum(o.accepted for o in mine), _tokens_per_s(mine)
-        yield Cell(
-            domain=domain,
-            requests=len(mine),
-            acceptance_length=1 + accepted / draft_steps if draft_steps else 1.0,
-            acceptance_rate=accepted / drafted if drafted else 0.0,
-            tokens_per_step=1 + accepted / max(sum(o.steps for o in mine), 1),
-            tokens_per_s=speed,
-            speedup=speed / _tokens_per_s(base),
-        )
-
-
-def _tokens_per_s(outcomes: list[Outcome]) -> float:
-    return sum(o.emitted for o in outcomes) / sum(o.seconds for o in outcomes)
 
 
 def _order(options: ReplayOptions, recording: "Recording") -> list[str]:
@@ -211,20 +183,20 @@ def _replay(  # noqa: PLR0917
     speculator: Speculator,
     depths: _Depths | None = None,
 ) -> list[Outcome]:
-    """Outcomes in the order in which the requests ended."""
+    """Outcomes in the order in which the requests arrived."""
+    outcomes: list[Outcome] = []
 
     def arrivals() -> Iterator[Live]:
         for number, key in enumerate(keys):
             request = recording.read(key)
             told = request.domain if options.domains else ""
             right = depths(request) if depths is not None else None
-            yield Live(f"{number}", request, right, Outcome(request.domain), told)
+            outcomes.append(Outcome(request.domain))
+            yield Live(f"{number}", request, right, outcomes[-1], told)
 
-    outcomes = []
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("replay" if depths is None else options.policy, total=len(keys))
-        for live in Clockwork(costs, speculator, options.concurrency).run(arrivals()):
-            outcomes.append(live.outcome)
+        for _ in Clockwork(costs, speculator, options.concurrency).run(arrivals()):
             progress.advance(task)
     return outcomes
 
@@ -234,5 +206,5 @@ def _show(options: ReplayOptions, cells: list[Cell], spent_s: float) -> None:
     for cell in cells:
         numbers = (cell.acceptance_length, cell.acceptance_rate, cell.tokens_per_step, cell.tokens_per_s, cell.speedup)
         table.add_row(cell.domain, str(cell.requests), *(f"{number:.2f}" for number in numbers))
-    Console().print(f"{options.policy}: {POLICIES[options.policy]}; {spent_s:.0f} s of training")
+    Console().print(f"{options.policy}: {POLICIES[options.policy]}; {spent_s:.0f} core-seconds of training")
     Console().print(table)

@@ -92,9 +92,9 @@ def test_drafts_that_were_not_verified_teach_by_their_first_token():
     assert (drafts.chosen.drafter, drafts.table.tokens[:2].tolist()) == (NEURAL, [2, 3])
     before = portfolio.controller.confidence.rates("a", drafts.table.basis)
     portfolio.observe("a", 3, [2, 5])  # the target took the first neural draft; the table's first was the same
-    _, hits, expected = portfolio.controller.confidence._requests["a"]
-    assert hits == 1
-    assert 0 < expected <= 1
+    record = portfolio.controller.confidence._requests["a"]
+    assert record.hits == 1
+    assert 0 < record.expected <= 1
     assert portfolio.controller.confidence.rates("a", drafts.table.basis)[0] > before[0]
     own = portfolio.controller.acceptance._requests["a"][1]
     assert (own.hits.tolist(), own.trials.tolist()) == ([1, 0, 0, 0], [1, 1, 0, 0])

@@ -1,6 +1,7 @@
 """Replay: exact acceptance along recorded text, modelled time, the same portfolio and trainer as live."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ from aurora.config import UserError
 from aurora.goodput import COSTS, StepTimeModel
 from aurora.prompts import Conversation
 from aurora.replay import ReplayOptions, run
+from aurora.replay_result import recovery, requests_to_recover
+from aurora.results import read_rows
 from drafters import TargetWeights, load_drafter
 from drafters.rollout import Context, Nodes, run_rollouts
 from tests.tiny import TinyServer, prompts, tiny_config
@@ -162,9 +165,44 @@ def test_what_was_served_before_is_drafted_well(recorded: Path, tmp_path: Path):
     assert sum(r["accepted"] for r in result["requests"][4:]) > 0.6 * 23 * 8
 
 
-def test_online_training_raises_acceptance(recorded: Path, tmp_path: Path):
-    online = _result(recorded, "online_eagle3", tmp_path, train_share=2.0)
-    assert online["training_s"] > 0
+def test_online_training_gets_its_share_and_its_drafter_can_be_kept(recorded: Path, tmp_path: Path):
+    kept = tmp_path / "trained"
+    online = _result(recorded, "online_eagle3", tmp_path, train_share=2.0, save_drafter=kept)
+    assert online["training_core_s"] > 0
+    static = _result(recorded, "static_eagle3", tmp_path, drafter=kept)
+    assert static["training_core_s"] == 0
+    assert static["requests"][0]["emitted"] == 24
+
+
+def test_results_are_rows_that_say_what_they_compare_with(recorded: Path, tmp_path: Path):
+    file = tmp_path / "results.json"
+    for policy in ("static_eagle3", "ngram_table"):
+        _result(recorded, policy, tmp_path, results=file, experiment="tiny")
+    found = {row.place: row for row in read_rows(file)}
+    table = found["tiny", "all", "ngram_table", "speedup_over_no_speculation"]
+    speed = found["tiny", "all", "ngram_table", "tokens_per_s"]
+    static = found["tiny", "all", "static_eagle3", "tokens_per_s"]
+    assert table.value == pytest.approx(speed.value / speed.baseline)
+    ratio = found["tiny", "all", "ngram_table", "speedup_over_static"]
+    assert (ratio.value, ratio.baseline) == pytest.approx((speed.value / static.value, static.value))
+    assert ("tiny", "all", "ngram_table", "requests_to_recover") not in found, "twelve requests are too few to tell"
+
+
+def _outcome(accepted: int) -> Outcome:
+    return Outcome("d", emitted=11 + accepted, steps=10, draft_steps=10, drafted=40, accepted=accepted, seconds=1.0)
+
+
+def test_recovery_is_the_first_stretch_as_good_as_the_legs_end():
+    slow, fast = [_outcome(2)] * 60, [_outcome(20)] * 90
+    assert requests_to_recover([*slow, *fast]) == 60 - 2  # 23 of 25 requests at the end's rate are 95 % of it
+    assert requests_to_recover(fast) == 0
+    assert requests_to_recover(fast[:40]) is None
+
+
+def test_recovery_is_told_where_each_domain_is_one_leg():
+    legs = [replace(_outcome(20), domain=domain) for domain in ("a", "b") for _ in range(80)]
+    assert recovery(legs) == {"a": 0, "b": 0}
+    assert recovery([*legs, *legs]) == {}
 
 
 def test_bad_input_is_named(recorded: Path, tmp_path: Path):

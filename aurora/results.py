@@ -1,0 +1,54 @@
+"""Results as rows in one JSON file: which experiment, which cell of its table, which policy, what was measured.
+
+A row is `{experiment, cell, policy, metric, value, baseline, command}`; the command wrote it and writes it again. Rows
+of the same experiment, cell, policy and metric are replaced, all others are left alone.
+"""
+
+import json
+import shlex
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from aurora.config import UserError
+
+
+class Row(NamedTuple):
+    """One measured number. `baseline` is what it compares with, None for nothing."""
+
+    experiment: str
+    cell: str
+    policy: str
+    metric: str
+    value: float
+    baseline: float | None
+    command: str
+
+    @property
+    def place(self) -> tuple[str, str, str, str]:
+        return self.experiment, self.cell, self.policy, self.metric
+
+
+def command_line() -> str:
+    """The running command, as one would type it."""
+    return shlex.join(["aurora", *sys.argv[1:]])
+
+
+def read_rows(file: Path) -> list[Row]:
+    """Rows of a file; none if it does not exist. Raises UserError naming the file when it holds something else."""
+    if not file.exists():
+        return []
+    try:
+        return [Row(**row) for row in json.loads(file.read_text())]
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{file}: not a file of results ({error}); give another --results") from error
+
+
+def write_rows(file: Path, rows: Iterable[Row]) -> None:
+    """Put rows into a file, which is replaced as a whole."""
+    kept = {row.place: row for row in read_rows(file)} | {row.place: row for row in rows}
+    lines = ",\n".join(json.dumps(kept[place]._asdict()) for place in sorted(kept))
+    staging = file.with_suffix(".part")
+    staging.write_text(f"[\n{lines}\n]\n")
+    staging.replace(file)
