@@ -232,6 +232,7 @@ def add_replay_options(parser: argparse.ArgumentParser) -> None:
     add("--draft-vocab", type=int, default=8192, metavar="N", help="of the untrained drafter (default: %(default)s)")
     add("--concurrency", type=int, default=4, metavar="N", help="requests at once (default: %(default)s)")
     add("--k-max", type=int, default=4, metavar="N", help="longest draft (default: %(default)s)")
+    add("--fixed-k", type=int, metavar="N", help="the same k for all instead of choosing by goodput")
     add(
         "--train-share",
         type=float,

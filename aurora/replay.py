@@ -57,6 +57,7 @@ class ReplayOptions:
     draft_vocab: int = 8192
     concurrency: int = 4
     k_max: int = 4
+    fixed_k: int | None = None  # the same k for all instead of goodput
     train_share: float = 0.15
     seed: int = 0
     json_file: Path | None = None
@@ -163,8 +164,8 @@ def _policy(
 
 def _config(options: ReplayOptions, recording: "Recording", run_dir: Path) -> AuroraConfig:
     drafters = {"ngram_table": ("ngram",), "portfolio": ("eagle3", "ngram")}.get(options.policy, ("eagle3",))
-    speculation = {"k_max": options.k_max, "drafters": drafters, "drafter": options.drafter}
-    speculation["draft_vocab"] = options.draft_vocab
+    speculation: dict[str, Any] = {"k_max": options.k_max, "drafters": drafters, "drafter": options.drafter}
+    speculation |= {"draft_vocab": options.draft_vocab, "fixed_k": options.fixed_k}
     return AuroraConfig.model_validate(
         {
             "model": recording.manifest.model,
