@@ -56,8 +56,11 @@ class RecordOptions:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UserError(f"--{name.replace('_', '-')} {value}: must be above 0")
-        if not 0 < self.top_p <= 1 or self.temperature < 0 or self.top_k < 0:
-            raise UserError("--temperature and --top-k must not be negative, --top-p must be above 0 and at most 1")
+        for name in ("temperature", "top_k"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must not be negative")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"--top-p {self.top_p}: must be above 0 and at most 1")
 
 
 def run(options: RecordOptions) -> int:

@@ -29,8 +29,8 @@ class Slots(NamedTuple):
 
     keys: npt.NDArray[np.uint64]  # [S] hash of the context; 0: empty
     stamps: npt.NDArray[np.uint32]  # [S] clock at the last vote
-    tokens: Tokens  # [S, _WAYS] candidates; -1: none
-    votes: Votes  # [S, _WAYS]
+    tokens: Tokens  # [S, _WAYS] candidates
+    votes: Votes  # [S, _WAYS]; 0: no candidate
 
 
 class NgramTable:
@@ -40,11 +40,8 @@ class NgramTable:
         """slots: contexts that it can hold, rounded up to a power of two; a token learned takes up to `ORDER`."""
         size = 1 << max(slots - 1, _PROBES).bit_length()
         ways = (size, _WAYS)
-        self.slots = Slots(
-            np.zeros(size, np.uint64),
-            np.zeros(size, np.uint32),
-            np.full(ways, _NONE, np.int32),
-            np.zeros(ways, np.float32),
+        self.slots = Slots(  # zeros cost no memory until they are written
+            np.zeros(size, np.uint64), np.zeros(size, np.uint32), np.zeros(ways, np.int32), np.zeros(ways, np.float32)
         )
         self._clock = 0
 
@@ -134,7 +131,6 @@ def _claim(slots: Slots, key: np.uint64) -> np.int64:
         if chosen == _NONE or slots.stamps[slot] < slots.stamps[chosen]:
             chosen = slot
     slots.keys[chosen] = key
-    slots.tokens[chosen] = _NONE
     slots.votes[chosen] = 0.0
     return chosen
 
@@ -145,7 +141,7 @@ def _vote(tokens: Tokens, votes: Votes, token: np.int32) -> None:
     way, weakest = _NONE, np.int64(0)
     for w in range(_WAYS):
         votes[w] *= _DECAY
-        if tokens[w] == token:
+        if votes[w] > 0 and tokens[w] == token:
             way = np.int64(w)
         if votes[w] < votes[weakest]:
             weakest = np.int64(w)
@@ -193,7 +189,7 @@ def _propose(own: Slots, shared: Slots, tail: Tokens, begin: int, basis: Basis) 
 @njit(cache=True)
 def _poll(own: Slots, a: np.int64, shared: Slots, b: np.int64) -> tuple[np.int32, np.float32, np.float32]:
     """(winner, its votes, all votes) of slot `a` of one table and slot `b` of the other together; -1: none there."""
-    tokens, votes = np.full(2 * _WAYS, _NONE, np.int32), np.zeros(2 * _WAYS, np.float32)
+    tokens, votes = np.zeros(2 * _WAYS, np.int32), np.zeros(2 * _WAYS, np.float32)
     if a != _NONE:
         tokens[:_WAYS], votes[:_WAYS] = own.tokens[a], own.votes[a]
     if b != _NONE:

@@ -13,6 +13,7 @@ import numpy as np
 from drafters.ngram import ORDER, NgramTable, Proposal, Tokens, compile_kernels, propose
 
 _GROUP_SLOTS = 1 << 20  # contexts of a group: about 200,000 tokens
+_OWN_SLOTS = 1 << 16  # contexts of a request at most: about 13,000 tokens, 3 MiB
 _NOTHING = NgramTable(0)
 Group = tuple[str, str]  # (tenant, domain)
 
@@ -52,7 +53,7 @@ class ServedText:
         """Follow a request whose answer has at most `room` tokens."""
         text = np.empty(len(prompt) + room, np.int32)
         text[: len(prompt)] = prompt
-        own = NgramTable(2 * ORDER * len(text))
+        own = NgramTable(min(2 * ORDER * len(text), _OWN_SLOTS))
         own.learn(text[: len(prompt)], 0)
         self._requests[request_id] = _Request(group, text, len(prompt), len(prompt), own)
 

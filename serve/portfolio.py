@@ -15,6 +15,9 @@ from drafters.ngram import NO_PROPOSAL, Proposal
 from drafters.served_text import ServedText
 
 
+_MAX_DOMAINS = 64  # labels come from users: those beyond share the statistics of unlabelled requests
+
+
 @dataclass(frozen=True)
 class Drafts:
     """What was drafted for one request after a step, and what of it is verified in the next."""
@@ -46,6 +49,14 @@ class Portfolio:
         self._drafts: dict[str, Drafts] = {}  # of the step at hand
         self._plan = Plan(0, skip_drafter=True)
         self._neural_drafts = self._right_first = 0
+        self._domains = {""}
+
+    def domain(self, label: str) -> str:
+        """The domain that a request of this label belongs to."""
+        if label in self._domains or len(self._domains) < _MAX_DOMAINS:
+            self._domains.add(label)
+            return label
+        return ""
 
     def begin(self, request_id: str, tenant: str, domain: str, prompt: Sequence[int], room: int) -> None:
         """A request whose answer has at most `room` tokens; one that is known already is left alone."""

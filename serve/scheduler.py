@@ -111,7 +111,8 @@ class AuroraScheduler(Scheduler):
 
     def _view(self, request_id: str, output: "SchedulerOutput") -> RequestView:
         request = self.requests[request_id]
-        domain = str((request.sampling_params.extra_args or {}).get("domain", "")) if request.sampling_params else ""
+        extra = (request.sampling_params.extra_args or {}) if request.sampling_params else {}
+        domain = self.portfolio.domain(str(extra.get("domain", "")))
         self.portfolio.begin(request_id, request.cache_salt or "", domain, request.all_token_ids, request.max_tokens)
         return RequestView(
             request_id=request_id,

@@ -106,3 +106,12 @@ def test_finished_requests_leave_only_their_answer():
     assert portfolio._drafts == {}
     assert portfolio.controller._known == {}
     assert _table_drafts(portfolio, [50]) == [51, 52]
+
+
+def test_labels_without_end_do_not_take_memory_without_end():
+    portfolio = _portfolio()
+    assert portfolio.domain("sql") == "sql"
+    kept = {portfolio.domain(f"label {i}") for i in range(1000)}
+    assert len(kept) < 100
+    assert portfolio.domain("label 999") == ""
+    assert portfolio.domain("sql") == "sql"

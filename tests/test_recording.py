@@ -99,6 +99,14 @@ def test_keys_tell_conversations_and_turns_apart():
     assert request_key(("a", "b"), 1) == request_key(("a", "b"), 1)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"), [("temperature", -1.0), ("top_k", -2), ("top_p", 0.0), ("concurrency", 0), ("max_gib", -1.0)]
+)
+def test_values_that_make_no_sense_are_named(field, value, tmp_path):
+    with pytest.raises(UserError, match=f"--{field.replace('_', '-')} {value}: must "):
+        RecordOptions("d", tmp_path, **{field: value})
+
+
 def test_selection_takes_each_conversation_once_and_the_first_of_each_domain():
     rows = [Conversation((f"{d}{i}",), d) for i in (0, 1, 1, 2) for d in ("x", "y")]
     assert [c.turns[0] for c in select(rows, 2)] == ["x0", "y0", "x1", "y1"]

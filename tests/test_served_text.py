@@ -70,3 +70,9 @@ def test_more_tokens_than_room_are_left_out():
     assert text.propose("a", 1).tokens.tolist() == []
     text.finish("a")
     assert "a" not in text
+
+
+def test_room_for_a_long_answer_takes_no_memory_of_its_size():
+    text = ServedText(_ROOMY, _SLOTS)
+    text.begin("a", ("", ""), [1, 2, 3], 1_000_000)
+    assert text._requests["a"].own.nbytes < 4 << 20
