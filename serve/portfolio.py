@@ -14,7 +14,6 @@ from aurora.goodput import NEURAL, TABLE
 from drafters.ngram import NO_PROPOSAL, Proposal
 from drafters.served_text import ServedText
 
-
 _MAX_DOMAINS = 64  # labels come from users: those beyond share the statistics of unlabelled requests
 
 
