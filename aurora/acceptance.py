@@ -23,7 +23,7 @@ _GATE_PRIOR = 20.0  # pseudo-observations that a new version's gate result count
 
 @dataclass
 class PositionRates:
-    """Decayed hits and trials per draft position; arrays of [k_max]."""
+    """Decayed hits and trials per draft position; arrays of [..., k_max]."""
 
     hits: Floats
     trials: Floats
@@ -90,13 +90,13 @@ class AcceptanceModel:
         """Conditional acceptance per position for a new request of `domain`, [k_max]."""
         rates = self._domains.get(domain) or PositionRates.empty(self.k_max)
         if self._prior is not None:
-            return shrunk(rates, self._prior, _GATE_PRIOR)
+            return _shrunk(rates, self._prior, _GATE_PRIOR)
         return _chained(rates, _OPTIMISM, _SHARED_PRIOR)
 
     def rates(self, request_id: str) -> Floats:
         """Conditional acceptance per position for a followed request, [k_max]."""
         domain, own = self._requests[request_id]
-        return shrunk(own, self.shared_rates(domain), _REQUEST_PRIOR)
+        return _shrunk(own, self.shared_rates(domain), _REQUEST_PRIOR)
 
     def gains(self, request_ids: list[str]) -> Floats:
         """Expected extra tokens of each further draft position: cumulative products of the rates, [requests, k_max]."""
@@ -105,12 +105,11 @@ class AcceptanceModel:
         followed = [self._requests[r] for r in request_ids]
         shared = {domain: self.shared_rates(domain) for domain in {domain for domain, _ in followed}}
         prior = np.array([shared[domain] for domain, _ in followed])
-        hits, trials = np.array([own.hits for _, own in followed]), np.array([own.trials for _, own in followed])
-        rates: Floats = (hits + _REQUEST_PRIOR * prior) / (trials + _REQUEST_PRIOR)
-        return rates.cumprod(axis=1)
+        own = PositionRates(np.array([own.hits for _, own in followed]), np.array([own.trials for _, own in followed]))
+        return _shrunk(own, prior, _REQUEST_PRIOR).cumprod(axis=1)
 
 
-def shrunk(rates: PositionRates, prior: Floats, weight: float) -> Floats:
+def _shrunk(rates: PositionRates, prior: Floats, weight: float) -> Floats:
     """Posterior mean of each position's rate under a Beta prior of that mean and weight."""
     posterior: Floats = np.add(rates.hits, weight * prior) / np.add(rates.trials, weight)
     return posterior

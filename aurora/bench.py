@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from aurora.config import DEFAULT_MODEL, UserError
+from aurora.config import DEFAULT_MODEL, UserError, require_positive, require_writable
 from aurora.local_server import LocalServer
 from aurora.prompts import Conversation, read_prompts
 from aurora.scrape import Scrape, parse_scrape, tokens_per_step
@@ -77,15 +77,11 @@ class BenchOptions:
     vllm_args: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("concurrency", "rounds", "requests", "max_tokens", "fixed_k"):
-            value = getattr(self, name)
-            if min(value if isinstance(value, tuple) else (value,)) < 1:
-                raise UserError(f"--{name.replace('_', '-')} {value}: must be above 0")
+        require_positive(self, "concurrency", "rounds", "requests", "max_tokens", "fixed_k")
         unknown = sorted(set(self.arms) - set(ARMS))
         if unknown:
             raise UserError(f"--arms {unknown[0]}: no such arm; choose from {', '.join(ARMS)}")
-        if self.json_file is not None and not self.json_file.absolute().parent.is_dir():
-            raise UserError(f"--json {self.json_file}: no such directory; create it first")
+        require_writable("--json", self.json_file)
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,6 @@ class Outcome:
     drafted: int = 0
     accepted: int = 0
     seconds: float = 0.0  # its equal share of the steps it was in
-    version: int = 0  # drafter version when it arrived
 
 
 @dataclass

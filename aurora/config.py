@@ -18,6 +18,26 @@ class ConfigError(UserError):
     """A configuration that cannot be used; the message names the key, the value and the remedy."""
 
 
+def require_positive(options: object, *names: str) -> None:
+    """Raise UserError naming the flag of the first of these fields that is not above 0; None passes."""
+    for name in names:
+        value = getattr(options, name)
+        numbers = value if isinstance(value, tuple) else (value,)
+        if not all(number is None or number > 0 for number in numbers):
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be above 0")
+
+
+def require_writable(flag: str, file: Path | None) -> None:
+    """Raise UserError unless `file` can be written later: before long work, not after it. None passes."""
+    if file is None:
+        return
+    parent = file.absolute().parent
+    if not parent.is_dir():
+        raise UserError(f"{flag} {file}: no such directory; create it first")
+    if file.is_dir() or not os.access(file if file.exists() else parent, os.W_OK):
+        raise UserError(f"{flag} {file}: cannot be written; give another file")
+
+
 class _Branch(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -51,7 +71,7 @@ class SpeculationConfig(_Branch):
     drafter: Path | None = Field(None, description="drafter directory to start from; default: made from the target")
     draft_vocab: int = Field(8192, ge=256, description="tokens that the drafter can propose")
     sample_drafts: Literal["greedy", "probabilistic"] = "greedy"
-    exploration: float = Field(0.02, ge=0, le=0.5, description="share of engine time spent on exploring")
+    exploration: float = Field(0.02, ge=0, le=0.5, description="share of the engine's steps lost to exploring")
 
     @model_validator(mode="after")
     def _fixed_within_max(self) -> "SpeculationConfig":
@@ -128,8 +148,8 @@ class AuroraConfig(_Branch):
 
     @property
     def learning(self) -> bool:
-        """Whether a trainer runs: there is nothing to teach without a drafter."""
-        return self.trainer.enabled and self.speculation.enabled
+        """Whether a trainer runs: there is nothing to teach without a neural drafter."""
+        return self.trainer.enabled and self.speculation.enabled and "eagle3" in self.speculation.drafters
 
     @property
     def store_dir(self) -> Path:

@@ -78,7 +78,7 @@ class SpeculationController:
     expected_tokens: float = 0.0  # emitted by the next step as it was settled; 0.0 while the step time is unknown
     _views: dict[str, RequestView] = field(default_factory=dict)  # of the step at hand
     _cold: set[str] = field(default_factory=set)
-    _known: dict[str, str] = field(default_factory=dict)  # request -> domain
+    _known: set[str] = field(default_factory=set)
     _curves: dict[str, Floats] = field(default_factory=dict)  # request -> usual gains of its table drafts, [k_max]
     _domain_curves: dict[str, Floats] = field(default_factory=dict)
     _credit: float = _BURST  # plain steps that exploration may still lose
@@ -145,12 +145,12 @@ class SpeculationController:
             self.acceptance.finish(request_id)
             self.confidence.finish(request_id)
             self._cold.discard(request_id)
-            self._known.pop(request_id, None)
+            self._known.discard(request_id)
             self._curves.pop(request_id, None)
 
     def _meet(self, view: RequestView) -> None:
         if view.request_id not in self._known:
-            self._known[view.request_id] = view.domain
+            self._known.add(view.request_id)
             self.acceptance.start(view.request_id, view.domain)
             self.confidence.start(view.request_id, view.domain)
 

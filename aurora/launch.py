@@ -9,9 +9,11 @@ import logging
 import os
 import signal
 import sys
-import time
 import uuid
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import Any
 
@@ -97,7 +99,7 @@ def _supervise(deployment: Deployment) -> int:
     """Run the server; when its process died, run the restarted one. Ends with exit code 0 after a stop signal."""
     import ray
 
-    stopping = _on_signal(deployment.server.stop.remote)
+    stopping = _StopSignals(deployment.server.stop.remote)
     failures = 0  # in a row, without ever becoming ready
     while True:
         running = deployment.server.run.remote()
@@ -111,12 +113,13 @@ def _supervise(deployment: Deployment) -> int:
                 raise UserError(str(cause)) from None
             raise
         except ray.exceptions.RayActorError:
-            if stopping:
+            if stopping.received:
                 return 0
             if failures >= _MAX_FAILED_STARTS:
                 raise UserError(f"the server died {failures} times before it was ready; see {_ray_logs()}") from None
             log.warning("the server process died; it restarts with the newest published drafter")
-            time.sleep(_RESTART_PAUSE_S)  # a server that dies at once must not be restarted in a tight loop
+            if stopping.wait(_RESTART_PAUSE_S):  # a server that dies at once must not be restarted in a tight loop
+                return 0
 
 
 def _announce(deployment: Deployment, running: Any) -> bool:
@@ -148,19 +151,28 @@ def _ray_logs() -> str:
     return f"{node.get_logs_dir_path()}/worker-*.err" if node is not None else "Ray's logs"
 
 
-def _on_signal(action: Any) -> list[int]:
-    """Call `action` at the first SIGINT or SIGTERM; the returned list then holds the signal. The second one kills."""
-    received: list[int] = []
+class _StopSignals:
+    """Calls `action` at the first SIGINT or SIGTERM; the second one ends this process."""
 
-    def handle(number: int, _frame: FrameType | None) -> None:
-        if received:
+    def __init__(self, action: Callable[[], object]) -> None:
+        self.received = False
+        self._action = action
+        self._queue: SimpleQueue[int] = SimpleQueue()  # unlike an Event it may be filled from a signal handler
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def wait(self, limit_s: float) -> bool:
+        """Whether a signal came, at the latest after `limit_s`."""
+        with suppress(Empty):
+            self._queue.get(timeout=limit_s)
+        return self.received
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if self.received:
             sys.exit(128 + number)
-        received.append(number)
-        action()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handle)
-    return received
+        self.received = True
+        self._queue.put(number)
+        self._action()
 
 
 def _start_ray(config: AuroraConfig) -> None:

@@ -146,14 +146,10 @@ def _parse_setting(setting: str) -> tuple[str, Any]:
 def add_traffic_options(parser: argparse.ArgumentParser) -> None:
     """The flags of `aurora traffic`; names and defaults are those of `TrafficOptions`, which checks the values."""
     add = parser.add_argument
-    add("dataset", metavar="DATASET", help="JSONL file or `datasets` name with `prompt` or `turns` in each row")
+    _add_dataset(add)
     add("--url", default="http://127.0.0.1:8000", help="endpoint (default: %(default)s)")
     add("--model", help="model to ask for; default: the first that the endpoint lists")
     add("--api-key-file", type=Path, metavar="FILE", help="file whose first line is the key; default: AURORA_API_KEY")
-    add("--split", default="train", help="split of a `datasets` name (default: %(default)s)")
-    add("--variant", help="only rows of this variant")
-    add("--domain", help="only rows of this domain")
-    add("--limit", type=int, metavar="N", help="send the first N conversations")
     add("--concurrency", type=int, default=4, metavar="N", help="open conversations (default: %(default)s)")
     add("--rate", type=float, metavar="PER_S", help="start conversations at this rate, however many are open")
     add("--max-tokens", type=int, default=128, metavar="N", help="of each answer (default: %(default)s)")
@@ -163,6 +159,15 @@ def add_traffic_options(parser: argparse.ArgumentParser) -> None:
     add("--send-domain", action="store_true", help="label each request with the domain of its row, for Aurora's server")
     add("--timeout", type=float, default=600.0, metavar="S", help="of each request (default: %(default)s)")
     add("--json", dest="json_file", type=Path, metavar="FILE", help="write the result there too")
+
+
+def _add_dataset(add: Callable[..., object]) -> None:
+    """Which conversations: what `read_prompts` takes."""
+    add("dataset", metavar="DATASET", help="JSONL file or `datasets` name with `prompt` or `turns` in each row")
+    add("--split", default="train", help="split of a `datasets` name (default: %(default)s)")
+    add("--variant", help="only rows of this variant")
+    add("--domain", help="only rows of this domain")
+    add("--limit", type=int, metavar="N", help="the first N conversations")
 
 
 def add_bench_options(parser: argparse.ArgumentParser) -> None:
@@ -197,12 +202,8 @@ def add_record_options(parser: argparse.ArgumentParser) -> None:
     MODEL and flags of vLLM's follow DATASET, as `split_model` finds them.
     """
     add = parser.add_argument
-    add("dataset", metavar="DATASET", help="JSONL file or `datasets` name with `prompt` or `turns` in each row")
+    _add_dataset(add)
     add("--out", type=Path, required=True, metavar="DIR", help="recording: a new directory, or one to continue")
-    add("--split", default="train", help="split of a `datasets` name (default: %(default)s)")
-    add("--variant", help="only rows of this variant")
-    add("--domain", help="only rows of this domain")
-    add("--limit", type=int, metavar="N", help="the first N conversations")
     add("--per-domain", type=int, metavar="N", help="the first N conversations of each domain")
     add("--concurrency", type=int, default=32, metavar="N", help="open conversations (default: %(default)s)")
     add("--max-tokens", type=int, default=128, metavar="N", help="of each answer (default: %(default)s)")

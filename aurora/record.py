@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from aurora.config import DEFAULT_MODEL, AuroraConfig, UserError
+from aurora.config import DEFAULT_MODEL, AuroraConfig, UserError, require_positive
 from aurora.prompts import Conversation, read_prompts
 
 if TYPE_CHECKING:
@@ -52,10 +52,7 @@ class RecordOptions:
     vllm_args: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("concurrency", "max_tokens", "max_gib", "limit", "per_domain"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise UserError(f"--{name.replace('_', '-')} {value}: must be above 0")
+        require_positive(self, "concurrency", "max_tokens", "max_gib", "limit", "per_domain")
         for name in ("temperature", "top_k"):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must not be negative")

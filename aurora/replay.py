@@ -11,7 +11,7 @@ A request is drafted for by the version that was live when it arrived.
 import json
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from aurora.clockwork import Clockwork, Live, Outcome, PortfolioSpeculator, PromptLookup, Speculator, Training
-from aurora.config import AuroraConfig, UserError
+from aurora.config import AuroraConfig, UserError, require_positive, require_writable
 from aurora.goodput import StepTimeModel
 from aurora.prompts import read_prompts
 from aurora.replay_result import Cell, recovery, rows, summarise
@@ -39,7 +39,6 @@ POLICIES = {
     "portfolio": "trained drafter and table, chosen by goodput",
 }
 _LEARNING = {"online_eagle3", "portfolio"}
-_WRONG = -1  # stands for a draft that the target did not say
 
 
 @dataclass(frozen=True)
@@ -69,10 +68,9 @@ class ReplayOptions:
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
             raise UserError(f"--policy {self.policy}: no such policy; choose from {', '.join(POLICIES)}")
-        for name in ("concurrency", "k_max", "limit"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name.replace('_', '-')} {value}: must be above 0")
+        require_positive(self, "concurrency", "k_max", "limit")
+        require_writable("--json", self.json_file)
+        require_writable("--results", self.results)
         if self.save_drafter is not None and self.policy not in _LEARNING:
             raise UserError(f"--save-drafter: {self.policy} trains none; choose from {', '.join(sorted(_LEARNING))}")
         if self.save_drafter is not None and self.save_drafter.exists():
@@ -87,18 +85,21 @@ def run(options: ReplayOptions) -> int:
 
     recording = Recording(options.recording.expanduser())
     costs = read_costs(options.costs)
+    known = read_rows(options.results) if options.results is not None else []
     keys = _order(options, recording)
-    plain = _replay(options, recording, keys, costs, Speculator())
+    plain = _replay(
+        "no_speculation", Arrivals(options, recording, keys), Clockwork(costs, Speculator(), options.concurrency)
+    )
     with tempfile.TemporaryDirectory(prefix="aurora-replay-") as scratch:
         speculator, training, depths = _policy(options, recording, Path(scratch))
-        outcomes = _replay(options, recording, keys, costs, speculator, depths)
+        clockwork = Clockwork(costs, speculator, options.concurrency)
+        outcomes = _replay(options.policy, Arrivals(options, recording, keys, depths), clockwork)
         if options.save_drafter is not None and training is not None:
             training.save(options.save_drafter)
     cells = list(summarise(outcomes, plain))
     spent_s = training.spent_s if training is not None else 0.0
     _show(options, cells, spent_s)
     if options.results is not None:
-        known = read_rows(options.results)
         write_rows(options.results, rows(options.experiment, options.policy, cells, recovery(outcomes), known))
     if options.json_file is not None:
         result = {
@@ -176,30 +177,32 @@ def _config(options: ReplayOptions, recording: "Recording", run_dir: Path) -> Au
     )
 
 
-def _replay(  # noqa: PLR0917
-    options: ReplayOptions,
-    recording: "Recording",
-    keys: list[str],
-    costs: StepTimeModel,
-    speculator: Speculator,
-    depths: _Depths | None = None,
-) -> list[Outcome]:
+@dataclass
+class Arrivals:
+    """The requests of a replay, one after the other as the batch has room; `outcomes` in the order of arrival."""
+
+    options: ReplayOptions
+    recording: "Recording"
+    keys: list[str]
+    depths: _Depths | None = None
+    outcomes: list[Outcome] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[Live]:
+        for number, key in enumerate(self.keys):
+            request = self.recording.read(key)
+            told = request.domain if self.options.domains else ""
+            right = self.depths(request) if self.depths is not None else None
+            self.outcomes.append(Outcome(request.domain))
+            yield Live(f"{number}", request, right, self.outcomes[-1], told)
+
+
+def _replay(name: str, arrivals: Arrivals, clockwork: Clockwork) -> list[Outcome]:
     """Outcomes in the order in which the requests arrived."""
-    outcomes: list[Outcome] = []
-
-    def arrivals() -> Iterator[Live]:
-        for number, key in enumerate(keys):
-            request = recording.read(key)
-            told = request.domain if options.domains else ""
-            right = depths(request) if depths is not None else None
-            outcomes.append(Outcome(request.domain))
-            yield Live(f"{number}", request, right, outcomes[-1], told)
-
     with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task("replay" if depths is None else options.policy, total=len(keys))
-        for _ in Clockwork(costs, speculator, options.concurrency).run(arrivals()):
+        task = progress.add_task(name, total=len(arrivals.keys))
+        for _ in clockwork.run(arrivals):
             progress.advance(task)
-    return outcomes
+    return arrivals.outcomes
 
 
 def _show(options: ReplayOptions, cells: list[Cell], spent_s: float) -> None:

@@ -17,7 +17,7 @@ from itertools import accumulate, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aurora.config import UserError
+from aurora.config import UserError, require_positive, require_writable
 from aurora.prompts import Conversation, read_prompts
 from aurora.scrape import Scrape, parse_scrape
 from aurora.sender import Record, Sender, one_line
@@ -53,18 +53,14 @@ class TrafficOptions:
     timeout: float = 600.0  # seconds a request may take
 
     def __post_init__(self) -> None:
-        for name in ("limit", "concurrency", "rate", "max_tokens", "timeout"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise UserError(f"--{name.replace('_', '-')} {value}: must be above 0")
+        require_positive(self, "limit", "concurrency", "rate", "max_tokens", "timeout")
         if not 0 <= self.temperature <= 2:
             raise UserError(f"--temperature {self.temperature}: must be between 0 and 2")
         if not 0 < self.top_p <= 1:
             raise UserError(f"--top-p {self.top_p}: must be above 0 and at most 1")
         if not self.url.startswith(("http://", "https://")):
             raise UserError(f"--url {self.url}: must begin with http:// or https://, e.g. http://127.0.0.1:8000")
-        if self.json_file is not None and not self.json_file.absolute().parent.is_dir():
-            raise UserError(f"--json {self.json_file}: no such directory; create it first")
+        require_writable("--json", self.json_file)
 
     @property
     def root(self) -> str:

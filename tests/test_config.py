@@ -72,6 +72,7 @@ def test_nothing_is_learned_without_speculation() -> None:
     assert AuroraConfig().learning
     assert not load_config(None, {"speculation.enabled": False}).learning
     assert not load_config(None, {"trainer.enabled": False}).learning
+    assert not load_config(None, {"speculation.drafters": ("ngram",)}).learning, "a table needs no trainer"
 
 
 def test_the_cache_follows_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

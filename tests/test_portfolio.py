@@ -104,7 +104,7 @@ def test_finished_requests_leave_only_their_answer():
     portfolio = _portfolio()
     _say(portfolio, "a", [50, 51, 52])
     assert portfolio._drafts == {}
-    assert portfolio.controller._known == {}
+    assert portfolio.controller._known == set()
     assert _table_drafts(portfolio, [50]) == [51, 52]
 
 

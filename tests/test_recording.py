@@ -83,6 +83,12 @@ def test_a_directory_of_something_else_is_refused(tmp_path):
         Recording(tmp_path)
 
 
+def test_what_a_killed_first_run_left_is_no_obstacle(tmp_path):
+    (tmp_path / "manifest.part").write_text("{")
+    RecordingWriter(tmp_path, HOW)
+    assert len(Recording(tmp_path)) == 0
+
+
 def test_a_damaged_shard_is_named(tmp_path):
     writer = RecordingWriter(tmp_path, HOW)
     writer.add(_sequence("a", 5))

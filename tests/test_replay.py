@@ -214,6 +214,13 @@ def test_bad_input_is_named(recorded: Path, tmp_path: Path):
     other.write_text(json.dumps({"prompt": "never recorded"}))
     with pytest.raises(UserError, match="holds no request of"):
         run(_options(recorded, "portfolio", dataset=str(other)))
+    for flag in ("json_file", "results"):
+        with pytest.raises(UserError, match=r"nowhere/r\.json: no such directory; create it first"):
+            _options(recorded, "portfolio", **{flag: tmp_path / "nowhere" / "r.json"})
+    with pytest.raises(UserError, match="cannot be written; give another file"):
+        _options(recorded, "portfolio", results=tmp_path)
+    with pytest.raises(UserError, match="not a file of results"):
+        run(_options(recorded, "portfolio", results=other))
     broken = tmp_path / "costs.json"
     broken.write_text('{"step_costs": {"constant": 1}}')
     with pytest.raises(UserError, match=r"no cost of request.*aurora bench --json"):

@@ -69,6 +69,23 @@ def test_it_trains_gates_publishes_and_saves(directory: Path, traffic: list, tmp
     assert (loop._learner.steps, loop.version) == (STEPS + 1, 2), "without new steps there is nothing to gate"
 
 
+def test_whoever_sees_a_version_can_count_on_its_training(
+    directory: Path, traffic: list, tmp_path: Path, clock: Clock
+) -> None:
+    resumed: list[int] = []
+    loop = make(directory, tmp_path, clock, Sinks(version=lambda m, n: resumed.append(restarted().status()["step"])))
+
+    def restarted() -> TrainerLoop:
+        """A trainer in the place of one that was killed when it had just published."""
+        return make(directory, tmp_path, clock)
+
+    loop.ingest(encode_traces(traffic))
+    for _ in range(STEPS):
+        loop.train()
+    assert loop.publish() is not None
+    assert resumed == [STEPS]
+
+
 def test_a_candidate_below_the_margin_stays_unpublished(
     directory: Path, traffic: list, tmp_path: Path, clock: Clock
 ) -> None:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 
-_LOOK_S = 0.05  # how often to look: there is no event to wait on across processes
+_LOOK_S = 0.05
 
 
 def wait_until(happened: Callable[[], bool], limit_s: float, what: str) -> None:
@@ -11,4 +11,4 @@ def wait_until(happened: Callable[[], bool], limit_s: float, what: str) -> None:
     end = time.monotonic() + limit_s
     while not happened():
         assert time.monotonic() < end, f"after {limit_s:g} s: {what}"
-        time.sleep(_LOOK_S)
+        time.sleep(_LOOK_S)  # what other processes do is no event here: it can only be looked at again

@@ -234,6 +234,7 @@ class TrainerLoop:
     def _release(self, verdict: Verdict) -> DrafterVersion:
         metadata = self._metadata(verdict)
         k_max = self.config.speculation.k_max
+        self.checkpoint()  # first: whoever sees a version may count on its training being resumable
         published = self._store.publish(
             lambda directory: save_drafter(self._learner.model, directory, k_max, self._target), metadata
         )
@@ -241,7 +242,6 @@ class TrainerLoop:
         self.version, self.gated_rates = published.number, metadata["gated_rates"]
         self._store.prune(self._settings.keep_versions)
         self._sinks.version(metadata, published.number)
-        self.checkpoint()
         return published
 
     def _metadata(self, verdict: Verdict) -> dict[str, Any]:

@@ -25,8 +25,10 @@ from aurora.trace import TABLE_VERSION, DraftTrace
 from trainer.sequence import Sequence, from_bf16
 
 MANIFEST = "manifest.json"
-_SHARD = re.compile(r"requests-(\d{6})\.safetensors")
+_SHARD_PREFIX = "requests-"
+_SHARD = re.compile(_SHARD_PREFIX + r"\d{6}\.safetensors")
 _SHARD_BYTES = 64 << 20
+_STAGING = ".part"  # of what was not written to its end
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -100,7 +102,7 @@ class RecordingWriter:
         shards = _shards(directory)
         self.keys = {place.info.key for shard in shards for place in _index(shard)}
         self.nbytes = sum(shard.stat().st_size for shard in shards)
-        self._next = 1 + max((int(_SHARD.fullmatch(s.name)[1]) for s in shards), default=0)  # type: ignore[index]
+        self._next = 1 + max((int(s.stem.removeprefix(_SHARD_PREFIX)) for s in shards), default=0)
         self._pending: list[Sequence] = []
         self._pending_bytes = 0
 
@@ -112,7 +114,7 @@ class RecordingWriter:
                 old, new = getattr(found, name), getattr(manifest, name)
                 if old != new:
                     raise UserError(f"{self.directory} was recorded with {name} {old}, not {new}: give another --out")
-        elif any(self.directory.iterdir()):
+        elif any(path.suffix != _STAGING for path in self.directory.iterdir()):
             raise UserError(f"{self.directory} is not empty and no recording: give another --out")
         else:
             _write_whole(path, msgspec.json.format(msgspec.json.encode(manifest)))
@@ -148,8 +150,8 @@ class RecordingWriter:
             "hidden": torch.cat([s.hidden for s in self._pending]),
             "aux": torch.cat([s.aux for s in self._pending]),
         }
-        path = self.directory / f"requests-{self._next:06d}.safetensors"
-        staging = path.with_suffix(".part")
+        path = self.directory / f"{_SHARD_PREFIX}{self._next:06d}.safetensors"
+        staging = path.with_suffix(_STAGING)
         save_file(tensors, staging, metadata={"requests": msgspec.json.encode(infos).decode()})
         _publish(staging, path)
         self.nbytes += path.stat().st_size
@@ -209,15 +211,21 @@ def _read_manifest(directory: Path) -> Manifest:
 
 
 def _write_whole(path: Path, content: bytes) -> None:
-    staging = path.with_suffix(".part")
+    staging = path.with_suffix(_STAGING)
     staging.write_bytes(content)
     _publish(staging, path)
 
 
 def _publish(staging: Path, final: Path) -> None:
     """Flush and rename: `final` is there with all of its content, or it is not there."""
-    for path in (staging, staging.parent):
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+    _flush(staging)
     staging.replace(final)
+    _flush(final.parent)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
