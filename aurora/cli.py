@@ -12,6 +12,7 @@ from aurora import __version__
 from aurora.options import (
     add_bench_options,
     add_config_options,
+    add_curve_options,
     add_record_options,
     add_replay_options,
     add_traffic_options,
@@ -76,6 +77,9 @@ def _parser() -> argparse.ArgumentParser:
     replay = commands.add_parser("replay", help="drafters and training over recorded requests", allow_abbrev=False)
     add_replay_options(replay)
     replay.set_defaults(run=_replay, passes_rest=False)
+    curves = commands.add_parser("curves", help="draw replays over their requests", allow_abbrev=False)
+    add_curve_options(curves)
+    curves.set_defaults(run=_curves, passes_rest=False)
     doctor = commands.add_parser("doctor", help="say what this machine lacks", allow_abbrev=False)
     doctor.set_defaults(run=_doctor, passes_rest=False)
     return parser
@@ -146,6 +150,12 @@ def _replay(known: argparse.Namespace, _rest: list[str]) -> int:
     from aurora.replay import ReplayOptions, run
 
     return run(ReplayOptions(**_options(known)))
+
+
+def _curves(known: argparse.Namespace, _rest: list[str]) -> int:
+    from aurora.curves import CurveOptions, run
+
+    return run(CurveOptions(**_options(known) | {"files": tuple(known.files)}))
 
 
 def _options(known: argparse.Namespace) -> dict[str, Any]:

@@ -241,12 +241,27 @@ def add_replay_options(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help=("core-seconds of training in a modelled second (default: %(default)s)"),
     )
+    add(
+        "--sample-drafts",
+        default="greedy",
+        choices=("greedy", "probabilistic"),
+        help="how the neural drafter drafts where the texts were sampled (default: %(default)s)",
+    )
     add("--results", type=Path, metavar="FILE", help="put rows of results there")
     add("--experiment", default="replay", metavar="NAME", help="of these rows (default: %(default)s)")
     add("--save-drafter", type=Path, metavar="DIR", help="keep the drafter that training ended with")
     add("--no-domains", dest="domains", action="store_false", help="tell nobody which domain a request is of")
     add("--seed", type=int, default=0, metavar="N", help="of training (default: %(default)s)")
     add("--json", dest="json_file", type=Path, metavar="FILE", help="write every request's outcome there too")
+
+
+def add_curve_options(parser: argparse.ArgumentParser) -> None:
+    """The flags of `aurora curves`; names and defaults are those of `CurveOptions`, which checks the values."""
+    add = parser.add_argument
+    add("files", type=Path, nargs="+", metavar="RESULT", help="files that `aurora replay --json` wrote")
+    add("--out", type=Path, required=True, metavar="FILE", help="picture to write, .png")
+    add("--window", type=int, default=25, metavar="N", help="requests that a point is the mean of (default: 25)")
+    add("--title", default="", metavar="TEXT", help="above the picture")
 
 
 def _counts(text: str) -> tuple[int, ...]:

@@ -27,6 +27,7 @@ from aurora.replay_result import Cell, recovery, rows, summarise
 from aurora.results import read_rows, write_rows
 
 if TYPE_CHECKING:
+    from trainer.loop import TrainerLoop
     from trainer.recording import Recording
     from trainer.sequence import Sequence as Recorded
 
@@ -63,6 +64,7 @@ class ReplayOptions:
     save_drafter: Path | None = None  # new directory for the drafter as trained in the end
     results: Path | None = None  # file of rows (`aurora.results`)
     experiment: str = "replay"  # name of these rows
+    sample_drafts: str = "greedy"  # or "probabilistic": sampled from q, for texts that were sampled
     domains: bool = True  # tell the controller and the tables each request's domain
 
     def __post_init__(self) -> None:
@@ -75,6 +77,8 @@ class ReplayOptions:
             raise UserError(f"--save-drafter: {self.policy} trains none; choose from {', '.join(sorted(_LEARNING))}")
         if self.save_drafter is not None and self.save_drafter.exists():
             raise UserError(f"--save-drafter {self.save_drafter}: it exists; give a new directory")
+        if self.sample_drafts not in ("greedy", "probabilistic"):
+            raise UserError(f"--sample-drafts {self.sample_drafts}: choose greedy or probabilistic")
         if not 0 <= self.train_share <= 8:
             raise UserError(f"--train-share {self.train_share}: must be between 0 and 8 core-seconds a second")
 
@@ -146,7 +150,6 @@ def _policy(
         return PromptLookup(), None, None
     from aurora.default_model import model_directory, resolve_model
     from serve.portfolio import Portfolio
-    from trainer.verify import right_drafts
 
     config = _config(options, recording, run_dir)
     portfolio = Portfolio(config.speculation, options.k_max)
@@ -160,7 +163,29 @@ def _policy(
     training = Training(loop, options.train_share, portfolio.controller.drafter_changed)
     if options.policy in _LEARNING:
         speculator.training = training
-    return speculator, training, lambda request: right_drafts(loop.live, request, options.k_max)
+    return speculator, training, _depths(options, recording, loop, model_dir)
+
+
+def _depths(options: ReplayOptions, recording: "Recording", loop: "TrainerLoop", model_dir: Path) -> _Depths:
+    """How far the live neural drafter's drafts are accepted along a request's text."""
+    from trainer.verify import Sampling, right_drafts, said_probabilities, sampled_drafts
+
+    how = recording.manifest
+    if options.sample_drafts == "greedy" or how.temperature == 0:
+        return lambda request: right_drafts(loop.live, request, options.k_max)
+    import torch
+
+    from drafters import TargetWeights
+
+    head = TargetWeights.load(model_dir).lm_head
+    sampling = Sampling(how.temperature, how.top_p, how.top_k)
+    generator = torch.Generator().manual_seed(options.seed)
+
+    def accepted(request: "Recorded") -> Any:
+        said = said_probabilities(request, head, sampling)
+        return sampled_drafts(loop.live, request, options.k_max, said, temperature=how.temperature, generator=generator)
+
+    return accepted
 
 
 def _config(options: ReplayOptions, recording: "Recording", run_dir: Path) -> AuroraConfig:
