@@ -58,10 +58,13 @@ def start_engine(config: AuroraConfig, model_dir: Path) -> RunningEngine:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
+    from serve.executor import openmp_environment
+
     try:
         engine_config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
         _refuse_parallel(engine_config)
-        client = AsyncLLM.from_vllm_config(engine_config, disable_log_stats=args.disable_log_stats)
+        with openmp_environment(engine_config):
+            client = AsyncLLM.from_vllm_config(engine_config, disable_log_stats=args.disable_log_stats)
     except UserError:
         raise
     except (ValueError, RuntimeError, OSError) as error:
@@ -97,12 +100,15 @@ def _set_defaults(args: Namespace, flags: tuple[str, ...]) -> None:
     """On a CPU: eager and fp32 unless the user says otherwise (compilation adds two minutes to the start)."""
     from vllm.platforms import current_platform
 
+    from serve.executor import prefer_in_process
+
     given = {flag.split("=")[0] for flag in flags}
     if current_platform.is_cpu():
         args.enforce_eager = args.enforce_eager or "--compilation-config" not in given
         args.dtype = args.dtype if "--dtype" in given else "float32"
         args.max_num_seqs = args.max_num_seqs or 64
         args.kv_cache_memory_bytes = args.kv_cache_memory_bytes or kv_cache_bytes(available_memory())
+        prefer_in_process(args)
     args.enable_log_requests = False
 
 

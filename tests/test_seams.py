@@ -47,6 +47,27 @@ def test_the_app_can_be_hosted() -> None:
     assert list(inspect.signature(init_app_state).parameters)[:3] == ["engine_client", "state", "args"]
 
 
+def test_the_worker_can_live_in_the_engine_process() -> None:
+    from argparse import Namespace
+
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+    from vllm.utils.ompmultiprocessing import OMPProcessManager
+    from vllm.v1.executor.abstract import Executor
+
+    from serve.executor import InProcessExecutor, prefer_in_process
+
+    one = {"tensor_parallel_size": 1, "pipeline_parallel_size": 1, "data_parallel_size": 1}
+    args = Namespace(distributed_executor_backend=None, **one)
+    prefer_in_process(args)
+    assert resolve_obj_by_qualname(args.distributed_executor_backend) is InProcessExecutor
+    assert issubclass(InProcessExecutor, Executor)
+    assert list(inspect.signature(OMPProcessManager.configure_omp_envs).parameters) == ["self", "rank", "local_rank"]
+    for other in ({"tensor_parallel_size": 2}, {"distributed_executor_backend": "mp"}):
+        args = Namespace(**{"distributed_executor_backend": None, **one, **other})
+        prefer_in_process(args)
+        assert args.distributed_executor_backend == other.get("distributed_executor_backend"), "the user's, or vLLM's"
+
+
 def test_the_sampling_repair_replaces_a_function_of_the_same_signature() -> None:
     from vllm.v1.sample import rejection_sampler
 

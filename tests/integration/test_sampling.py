@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 from scipy import stats
 
@@ -22,8 +23,9 @@ from drafters import ensure_drafter
 pytestmark = pytest.mark.engine
 
 PROMPTS = ([5, 6, 7, 8], list(range(40, 70)), [9] * 12, [300, 4, 120, 33, 77])
-SETTINGS = ({"temperature": 1.0}, {"temperature": 0.7, "top_p": 0.9})
+SETTINGS = ({"temperature": 1.0}, {"temperature": 0.7, "top_p": 0.9}, {"temperature": 1.0, "top_k": 8})
 SAMPLES = 2000
+_PERMUTATIONS = 60_000
 TOKENS = 3  # compared; the requests are longer, because the last tokens of one are never drafted
 Samples = list[list[tuple[int, ...]]]  # [setting x prompt][sample]
 
@@ -105,12 +107,18 @@ def _aurora(drafter: DrafterVersion, method: str, scheduler: str) -> dict[str, A
 
 
 def _p_values(first: Samples, second: Samples) -> list[float]:
-    """Two-sample chi-square p of the first 1, 2 and 3 tokens together, for each setting and prompt."""
-    return [
-        _chi_square(Counter(s[:n] for s in a), Counter(s[:n] for s in b))
-        for a, b in zip(first, second, strict=True)
-        for n in range(1, TOKENS + 1)
-    ]
+    """Two-sample p for each setting and prompt: chi-square of the first 1, 2 and 3 tokens together, total variation."""
+    pairs = list(zip(first, second, strict=True))
+    joint = [(Counter(s[:n] for s in a), Counter(s[:n] for s in b)) for a, b in pairs for n in range(1, TOKENS + 1)]
+    return [_chi_square(a, b) for a, b in joint] + [_total_variation(a, b) for a, b in joint[::TOKENS]]
+
+
+def _total_variation(a: Counter[tuple[int, ...]], b: Counter[tuple[int, ...]]) -> float:
+    """Permutation test: how often two halves of all the samples are as far apart as the two that were taken."""
+    counts = np.array([[c[key] for key in a | b] for c in (a, b)])
+    halves = np.random.default_rng(0).multivariate_hypergeometric(counts.sum(0), a.total(), size=_PERMUTATIONS)
+    apart = np.abs(2 * halves - counts.sum(0)).sum(1)
+    return float((1 + (apart >= np.abs(counts[0] - counts[1]).sum()).sum()) / (1 + _PERMUTATIONS))
 
 
 def _chi_square(a: Counter[tuple[int, ...]], b: Counter[tuple[int, ...]]) -> float:
@@ -142,7 +150,7 @@ def test_drafts_leave_the_distribution_as_it_is(
     assert set(report.accepted_tokens) == versions
     assert min(report.accepted_tokens.values()) > 500, "drafts were accepted, so speculation had its say"
     p = _p_values(target, samples)
-    assert len(p) == len(SETTINGS) * len(PROMPTS) * TOKENS
+    assert len(p) == len(SETTINGS) * len(PROMPTS) * (TOKENS + 1)
     assert min(p) * len(p) > 0.001, f"smallest of {len(p)} p-values (Bonferroni): {sorted(p)[:5]}"
 
 
