@@ -252,6 +252,7 @@ def add_replay_options(parser: argparse.ArgumentParser) -> None:
     add("--save-drafter", type=Path, metavar="DIR", help="keep the drafter that training ended with")
     add("--no-domains", dest="domains", action="store_false", help="tell nobody which domain a request is of")
     add("--seed", type=int, default=0, metavar="N", help="of training (default: %(default)s)")
+    add("--seeds", type=int, default=1, metavar="N", help="replay with N seeds and give confidence intervals")
     add("--json", dest="json_file", type=Path, metavar="FILE", help="write every request's outcome there too")
 
 

@@ -11,7 +11,7 @@ A request is drafted for by the version that was live when it arrived.
 import json
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from aurora.clockwork import Clockwork, Live, Outcome, PortfolioSpeculator, Prom
 from aurora.config import AuroraConfig, UserError, require_positive, require_writable
 from aurora.goodput import StepTimeModel
 from aurora.prompts import read_prompts
-from aurora.replay_result import Cell, recovery, rows, summarise
+from aurora.replay_result import Cell, half_widths, mean_cells, recovery, rows, summarise
 from aurora.results import read_rows, write_rows
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ class ReplayOptions:
     fixed_k: int | None = None  # the same k for all instead of goodput
     train_share: float = 0.15
     seed: int = 0
+    seeds: int = 1  # replays with this many seeds, from `seed` on; more than one give confidence intervals
     json_file: Path | None = None
     save_drafter: Path | None = None  # new directory for the drafter as trained in the end
     results: Path | None = None  # file of rows (`aurora.results`)
@@ -70,11 +71,13 @@ class ReplayOptions:
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
             raise UserError(f"--policy {self.policy}: no such policy; choose from {', '.join(POLICIES)}")
-        require_positive(self, "concurrency", "k_max", "limit")
+        require_positive(self, "concurrency", "k_max", "limit", "seeds")
         require_writable("--json", self.json_file)
         require_writable("--results", self.results)
         if self.save_drafter is not None and self.policy not in _LEARNING:
             raise UserError(f"--save-drafter: {self.policy} trains none; choose from {', '.join(sorted(_LEARNING))}")
+        if self.save_drafter is not None and self.seeds > 1:
+            raise UserError(f"--save-drafter: --seeds {self.seeds} trains as many; keep the one of a single seed")
         if self.save_drafter is not None and self.save_drafter.exists():
             raise UserError(f"--save-drafter {self.save_drafter}: it exists; give a new directory")
         if self.sample_drafts not in ("greedy", "probabilistic"):
@@ -94,27 +97,41 @@ def run(options: ReplayOptions) -> int:
     plain = _replay(
         "no_speculation", Arrivals(options, recording, keys), Clockwork(costs, Speculator(), options.concurrency)
     )
+    seeds = range(options.seed, options.seed + options.seeds)
+    trials = [_trial(replace(options, seed=seed), recording, keys, costs) for seed in seeds]
+    cells = [list(summarise(trial.outcomes, plain)) for trial in trials]
+    _show(options, cells, trials)
+    if options.results is not None:
+        recovered = [recovery(trial.outcomes) for trial in trials]
+        write_rows(options.results, rows(options.experiment, options.policy, cells, recovered, known))
+    if options.json_file is not None:
+        result = {
+            "policy": options.policy,
+            "options": {name: str(value) for name, value in asdict(options).items()},
+            "cells": [asdict(cell) for cell in mean_cells(cells)],
+            "training_core_s": trials[0].training_s,
+            "requests": [asdict(outcome) for outcome in trials[0].outcomes],
+        }
+        options.json_file.write_text(json.dumps(result, indent=1))
+    return 0
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """One replay with one seed."""
+
+    outcomes: list[Outcome]
+    training_s: float  # core-seconds
+
+
+def _trial(options: ReplayOptions, recording: "Recording", keys: list[str], costs: StepTimeModel) -> _Trial:
     with tempfile.TemporaryDirectory(prefix="aurora-replay-") as scratch:
         speculator, training, depths = _policy(options, recording, Path(scratch))
         clockwork = Clockwork(costs, speculator, options.concurrency)
         outcomes = _replay(options.policy, Arrivals(options, recording, keys, depths), clockwork)
         if options.save_drafter is not None and training is not None:
             training.save(options.save_drafter)
-    cells = list(summarise(outcomes, plain))
-    spent_s = training.spent_s if training is not None else 0.0
-    _show(options, cells, spent_s)
-    if options.results is not None:
-        write_rows(options.results, rows(options.experiment, options.policy, cells, recovery(outcomes), known))
-    if options.json_file is not None:
-        result = {
-            "policy": options.policy,
-            "options": {name: str(value) for name, value in asdict(options).items()},
-            "cells": [asdict(cell) for cell in cells],
-            "training_core_s": spent_s,
-            "requests": [asdict(outcome) for outcome in outcomes],
-        }
-        options.json_file.write_text(json.dumps(result, indent=1))
-    return 0
+    return _Trial(outcomes, training.spent_s if training is not None else 0.0)
 
 
 def read_costs(file: Path) -> StepTimeModel:
@@ -230,10 +247,13 @@ def _replay(name: str, arrivals: Arrivals, clockwork: Clockwork) -> list[Outcome
     return arrivals.outcomes
 
 
-def _show(options: ReplayOptions, cells: list[Cell], spent_s: float) -> None:
+def _show(options: ReplayOptions, cells: list[list[Cell]], trials: list[_Trial]) -> None:
     table = Table("requests", "", "acceptance length", "rate", "tokens/step", "tokens/s", "over no speculation")
-    for cell in cells:
-        numbers = (cell.acceptance_length, cell.acceptance_rate, cell.tokens_per_step, cell.tokens_per_s, cell.speedup)
-        table.add_row(cell.domain, str(cell.requests), *(f"{number:.2f}" for number in numbers))
-    Console().print(f"{options.policy}: {POLICIES[options.policy]}; {spent_s:.0f} core-seconds of training")
+    shown = ("acceptance_length", "acceptance_rate", "tokens_per_step", "tokens_per_s", "speedup")
+    for cell, width in zip(mean_cells(cells), half_widths(cells), strict=True):
+        numbers = (f"{getattr(cell, name):.2f}" + (f" ±{width[name]:.2f}" if width else "") for name in shown)
+        table.add_row(cell.domain, str(cell.requests), *numbers)
+    spent_s = sum(trial.training_s for trial in trials) / len(trials)
+    seeds = f", {len(trials)} seeds, ± 95 %" if len(trials) > 1 else ""
+    Console().print(f"{options.policy}: {POLICIES[options.policy]}; {spent_s:.0f} core-seconds of training{seeds}")
     Console().print(table)

@@ -1,8 +1,11 @@
 """What a replay found: numbers of each domain, and how soon it recovered from a shift."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
+
+import numpy as np
+from scipy import stats
 
 from aurora.clockwork import Outcome
 from aurora.results import Row, command_line
@@ -22,6 +25,10 @@ class Cell:
     tokens_per_step: float  # of a request's decode steps, those without drafts included
     tokens_per_s: float  # modelled
     speedup: float  # over no speculation, same requests and costs
+
+
+_NUMBERS = ("acceptance_length", "acceptance_rate", "tokens_per_step", "tokens_per_s", "speedup")
+_METRICS = {"speedup": "speedup_over_no_speculation"}
 
 
 def summarise(outcomes: list[Outcome], plain: list[Outcome]) -> Iterator[Cell]:
@@ -61,16 +68,43 @@ def requests_to_recover(leg: list[Outcome]) -> int | None:
     return next(i for i, window in enumerate(windows) if _tokens_per_step(window) >= goal)
 
 
+def mean_cells(trials: Sequence[Sequence[Cell]]) -> list[Cell]:
+    """The mean of each cell over trials."""
+    return [
+        replace(group[0], **{name: float(np.mean([getattr(c, name) for c in group])) for name in _NUMBERS})
+        for group in zip(*trials, strict=True)
+    ]
+
+
+def half_widths(trials: Sequence[Sequence[Cell]]) -> list[dict[str, float]]:
+    """Half the width of each number's 95 % confidence interval (Student's t over trials); empty for a single trial."""
+    return [
+        {name: _half_width([getattr(cell, name) for cell in group]) for name in _NUMBERS} if len(trials) > 1 else {}
+        for group in zip(*trials, strict=True)
+    ]
+
+
+def _half_width(values: Sequence[float]) -> float:
+    return float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
+
+
 def rows(
-    experiment: str, policy: str, cells: Sequence[Cell], recovery: Mapping[str, int | None], known: Iterable[Row]
+    experiment: str,
+    policy: str,
+    trials: Sequence[Sequence[Cell]],
+    recoveries: Sequence[Mapping[str, int | None]],
+    known: Iterable[Row],
 ) -> Iterator[Row]:
-    """All numbers of one replay; those against the static drafter where `known` holds its replay."""
+    """All numbers of the trials of one replay: means, and for several trials the half-widths of 95 % intervals.
+
+    Those against the static drafter are there where `known` holds its replay.
+    """
     static = {
         row.cell: row.value
         for row in known
         if (row.experiment, row.policy, row.metric) == (experiment, "static_eagle3", "tokens_per_s")
     }
-    for cell in cells:
+    for cell, width in zip(mean_cells(trials), half_widths(trials), strict=True):
         plain = cell.tokens_per_s / cell.speedup
         found: dict[str, tuple[float, float | None]] = {
             "acceptance_length": (cell.acceptance_length, None),
@@ -81,9 +115,10 @@ def rows(
         }
         if cell.domain in static:
             found["speedup_over_static"] = (cell.tokens_per_s / static[cell.domain], static[cell.domain])
-        requests = recovery.get(cell.domain)
-        if requests is not None:
-            found["requests_to_recover"] = (float(requests), None)
+        requests = [n for each in recoveries if (n := each.get(cell.domain)) is not None]
+        if len(requests) == len(recoveries):
+            found["requests_to_recover"] = (float(np.mean(requests)), None)
+        found |= {f"{_METRICS.get(name, name)}_ci95": (half, None) for name, half in width.items()}
         for metric, (value, baseline) in found.items():
             yield Row(experiment, cell.domain, policy, metric, value, baseline, command_line())
 

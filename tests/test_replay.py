@@ -15,7 +15,7 @@ from aurora.config import UserError
 from aurora.goodput import COSTS, StepTimeModel
 from aurora.prompts import Conversation
 from aurora.replay import ReplayOptions, run
-from aurora.replay_result import recovery, requests_to_recover
+from aurora.replay_result import Cell, half_widths, mean_cells, recovery, requests_to_recover
 from aurora.results import read_rows
 from drafters import TargetWeights, load_drafter
 from drafters.rollout import Context, Nodes, run_rollouts
@@ -186,6 +186,26 @@ def test_results_are_rows_that_say_what_they_compare_with(recorded: Path, tmp_pa
     ratio = found["tiny", "all", "ngram_table", "speedup_over_static"]
     assert (ratio.value, ratio.baseline) == pytest.approx((speed.value / static.value, static.value))
     assert ("tiny", "all", "ngram_table", "requests_to_recover") not in found, "twelve requests are too few to tell"
+
+
+def test_several_seeds_give_means_and_intervals(recorded: Path, tmp_path: Path):
+    file = tmp_path / "results.json"
+    result = _result(recorded, "online_eagle3", tmp_path, train_share=0.2, seeds=2, results=file, experiment="two")
+    found = {row.metric: row.value for row in read_rows(file) if row.cell == "all"}
+    assert found["acceptance_length"] == result["cells"][-1]["acceptance_length"]
+    assert found["acceptance_length_ci95"] >= 0
+    assert found["speedup_over_no_speculation_ci95"] >= 0
+    with pytest.raises(UserError, match="--save-drafter: --seeds 2"):
+        _options(recorded, "online_eagle3", seeds=2, save_drafter=tmp_path / "new")
+
+
+def test_intervals_are_students():
+    cells = [[Cell("all", 5, value, 0.5, 1.0, 10.0, 1.0)] for value in (1.0, 2.0, 3.0)]
+    (mean,), (width,) = mean_cells(cells), half_widths(cells)
+    assert (mean.acceptance_length, mean.requests, mean.domain) == (2.0, 5, "all")
+    assert width["acceptance_length"] == pytest.approx(4.303 / 3**0.5, rel=1e-3)  # t of 2 degrees at 0.975
+    assert width["acceptance_rate"] == 0
+    assert half_widths(cells[:1]) == [{}]
 
 
 def _outcome(accepted: int) -> Outcome:
