@@ -15,6 +15,7 @@ from aurora.options import (
     add_record_options,
     add_replay_options,
     add_traffic_options,
+    add_train_options,
     read_config,
     refuse_controlled,
     split_model,
@@ -76,6 +77,9 @@ def _parser() -> argparse.ArgumentParser:
     replay = commands.add_parser("replay", help="drafters and training over recorded requests", allow_abbrev=False)
     add_replay_options(replay)
     replay.set_defaults(run=_replay, passes_rest=False)
+    train = commands.add_parser("train", help="train a drafter on logged traces", allow_abbrev=False)
+    add_train_options(train)
+    train.set_defaults(run=_train, passes_rest=False)
     doctor = commands.add_parser("doctor", help="say what this machine lacks", allow_abbrev=False)
     doctor.set_defaults(run=_doctor, passes_rest=False)
     return parser
@@ -146,6 +150,12 @@ def _replay(known: argparse.Namespace, _rest: list[str]) -> int:
     from aurora.replay import ReplayOptions, run
 
     return run(ReplayOptions(**_options(known)))
+
+
+def _train(known: argparse.Namespace, _rest: list[str]) -> int:
+    from aurora.train import TrainOptions, run
+
+    return run(TrainOptions(**_options(known)))
 
 
 def _options(known: argparse.Namespace) -> dict[str, Any]:
