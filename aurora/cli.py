@@ -16,6 +16,7 @@ from aurora.options import (
     add_record_options,
     add_replay_options,
     add_traffic_options,
+    add_train_options,
     read_config,
     refuse_controlled,
     split_model,
@@ -80,6 +81,9 @@ def _parser() -> argparse.ArgumentParser:
     curves = commands.add_parser("curves", help="draw replays over their requests", allow_abbrev=False)
     add_curve_options(curves)
     curves.set_defaults(run=_curves, passes_rest=False)
+    train = commands.add_parser("train", help="train a drafter on logged traces", allow_abbrev=False)
+    add_train_options(train)
+    train.set_defaults(run=_train, passes_rest=False)
     doctor = commands.add_parser("doctor", help="say what this machine lacks", allow_abbrev=False)
     doctor.set_defaults(run=_doctor, passes_rest=False)
     return parser
@@ -156,6 +160,12 @@ def _curves(known: argparse.Namespace, _rest: list[str]) -> int:
     from aurora.curves import CurveOptions, run
 
     return run(CurveOptions(**_options(known) | {"files": tuple(known.files)}))
+
+
+def _train(known: argparse.Namespace, _rest: list[str]) -> int:
+    from aurora.train import TrainOptions, run
+
+    return run(TrainOptions(**_options(known)))
 
 
 def _options(known: argparse.Namespace) -> dict[str, Any]:

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from aurora.controller import Plan, RequestView
-from aurora.goodput import StepTimeModel, StepWork
-from aurora.trace import encode_traces
+from aurora.goodput import NEURAL, StepTimeModel, StepWork
+from aurora.trace import TABLE_VERSION, encode_traces
+from trainer.recording import Verified, traces_of
 
 if TYPE_CHECKING:
     from serve.portfolio import Portfolio
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 _LOOKUP_DRAFTS, _LOOKUP_LONGEST, _LOOKUP_SHORTEST = 3, 4, 2
 _PROMPT_ROWS = 256  # of each request that the trainer gets, as in serving
-_WRONG = -1  # stands for a draft that the target did not say
 
 
 @dataclass
@@ -47,23 +47,25 @@ class Live:
 
     name: str
     request: "Recorded"
-    depths: "np.ndarray | None"  # right neural drafts from each start; None: no neural drafter
+    drafted: "np.ndarray | None"  # neural drafts from each start (`greedy_drafts`); None: no neural drafter
     outcome: Outcome
     domain: str  # what the controller and the tables are told
+    version: int = TABLE_VERSION  # of the neural drafter
     known: int = 0  # tokens that were read or emitted; 0: the prompt has not been read
     drafts: list[int] = field(default_factory=list)
+    verified: list[Verified] = field(default_factory=list)  # neural drafts so far
 
     @property
     def done(self) -> bool:
         return self.known == len(self.request.ids)
 
     def neural(self, cap: int) -> list[int]:
-        """What the neural drafter drafts now: right tokens as far as it is right, then a wrong one."""
-        if self.depths is None or not cap:
-            return []
+        """What the neural drafter drafts now: right tokens as far as it is right, a wrong one, and unknown ones."""
         start = self.known - 2 - self.request.first_start
-        right = int(self.depths[start]) if start < len(self.depths) else 0
-        return [*self.request.ids[self.known : self.known + right].tolist(), _WRONG][:cap]
+        if self.drafted is None or start >= len(self.drafted):
+            return []
+        drafts: list[int] = self.drafted[start, :cap].tolist()
+        return drafts
 
     def view(self, k_max: int) -> RequestView:
         left = len(self.request.ids) - max(self.known, self.request.prompt_tokens + 1) - 1
@@ -195,6 +197,7 @@ class PortfolioSpeculator(Speculator):
         self._portfolio = portfolio
         self._k_max = k_max
         self._plan = Plan(0, skip_drafter=True)
+        self._neural: set[str] = set()  # requests whose drafts are the neural drafter's
 
     def begin(self, live: Live) -> None:
         request = live.request
@@ -207,6 +210,9 @@ class PortfolioSpeculator(Speculator):
 
     def observe(self, live: Live, verified: int, emitted: list[int]) -> None:
         self._portfolio.observe(live.name, verified, emitted)
+        if verified and live.name in self._neural:
+            known = live.known - len(emitted)
+            live.verified.append(Verified(known, live.drafts, len(emitted) - 1, live.version))
 
     def stepped(self, work: StepWork, seconds: float) -> None:
         self._portfolio.controller.observe_step(work, seconds)
@@ -219,12 +225,13 @@ class PortfolioSpeculator(Speculator):
         drafts = self._portfolio.settle(neural, {live.name: live.view(self._k_max).limit for live in batch})
         for live in batch:
             live.drafts = drafts[live.name].tokens
+        self._neural = {name for name, drafted in drafts.items() if drafted.chosen.drafter == NEURAL}
 
     def finish(self, finished: Sequence[Live]) -> None:
         self._portfolio.finish([live.name for live in finished])
         for live in finished:
             if self.training is not None:
-                self.training.learn_from(live.request)
+                self.training.learn_from(live)
 
 
 class Training:
@@ -255,8 +262,6 @@ class Training:
         """Copy the live version into a new directory."""
         shutil.copytree(self.loop.live_directory, directory)
 
-    def learn_from(self, request: "Recorded") -> None:
-        """Take a served request in."""
-        from trainer.recording import trace_of
-
-        self.loop.ingest(encode_traces([trace_of(request, _PROMPT_ROWS)]))
+    def learn_from(self, live: Live) -> None:
+        """Take a served request in, with the neural drafts that were verified for it."""
+        self.loop.ingest(encode_traces(list(traces_of(live.request, _PROMPT_ROWS, live.verified))))

@@ -87,6 +87,21 @@ class CaptureConfig(_Branch):
     prompt_tokens: int = Field(256, ge=0, description="newest prompt tokens of each request whose features are kept")
     top_m: int = Field(8, ge=0, le=64, description="drafter probabilities kept a draft when drafts are sampled")
     interval_s: float = Field(0.5, gt=0, description="how often traces are collected from the engine")
+    log_dir: Path | None = Field(None, description="keep the traces there, for `aurora train`; they hold users' text")
+    log_mib: int = Field(4096, ge=1, description="bound of the logged traces; the oldest are removed")
+
+
+class RLConfig(_Branch):
+    """Policy gradient on verified drafts, beside imitation (`trainer.policy`)."""
+
+    weight: float = Field(
+        0.0, ge=0, le=1, description="share of the policy gradient in the loss after the ramp; 0: off"
+    )
+    after_steps: int = Field(200, ge=0, description="steps of imitation alone")
+    ramp_steps: int = Field(200, ge=1, description="steps over which the share then rises to `weight`")
+    discount: float = Field(1.0, gt=0, le=1, description="of a later accepted token")
+    clip: float = Field(0.2, gt=0, lt=1, description="how far the importance ratio may leave 1 (PPO)")
+    anchor: float = Field(0.1, ge=0, description="weight of KL(drafter || target) at the drafted tokens")
 
 
 class TrainerConfig(_Branch):
@@ -95,10 +110,13 @@ class TrainerConfig(_Branch):
     enabled: bool = True
     learning_rate: float = Field(5e-4, gt=0)
     warmup_steps: int = Field(20, ge=1)
-    loss: Literal["forward_kl", "reverse_kl", "jensen_shannon", "total_variation"] = "forward_kl"
+    loss: Literal["forward_kl", "reverse_kl", "jensen_shannon", "total_variation", "accepted_length"] = "forward_kl"
+    target_top_m: int = Field(0, ge=0, description="distil from the target's m likeliest tokens and one rest; 0: all")
     ttt_steps: int = Field(3, ge=1, le=16, description="training-time-test depth: steps on the drafter's own states")
     depth_decay: float = Field(0.8, gt=0, le=1, description="loss weight of depth j is depth_decay ** j")
+    accepted_weight: float = Field(1.0, ge=0, description="loss weight of rows along what the target emitted")
     rejected_weight: float = Field(0.5, ge=0, description="loss weight of rows on rejected branches; 0 leaves them out")
+    rl: RLConfig = RLConfig()
     batch_rows: int = Field(256, ge=8, description="rollout starts an optimiser step")
     grad_clip: float = Field(1.0, gt=0)
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="of matrix products; weights stay fp32")
@@ -116,6 +134,17 @@ class TrainerConfig(_Branch):
     num_gpus: float = Field(0, ge=0)
     keep_versions: int = Field(8, ge=2)
     seed: int = 0
+
+    @property
+    def learns_rejected(self) -> bool:
+        """Whether rejected paths count: the accepted length of a rollout says nothing of them."""
+        return self.rejected_weight > 0 and self.loss != "accepted_length"
+
+    @model_validator(mode="after")
+    def _something_counts(self) -> "TrainerConfig":
+        if self.accepted_weight == 0 and not self.learns_rejected:
+            raise ValueError("accepted_weight 0 leaves nothing to imitate: raise it, or rejected_weight")
+        return self
 
 
 class ReporterConfig(_Branch):
@@ -149,7 +178,22 @@ class AuroraConfig(_Branch):
     @property
     def learning(self) -> bool:
         """Whether a trainer runs: there is nothing to teach without a neural drafter."""
-        return self.trainer.enabled and self.speculation.enabled and "eagle3" in self.speculation.drafters
+        return self.trainer.enabled and self._drafts_neurally
+
+    @property
+    def captures(self) -> bool:
+        """Whether traces are taken from the engine."""
+        return self.learning or self.capture.log_dir is not None
+
+    @property
+    def _drafts_neurally(self) -> bool:
+        return self.speculation.enabled and "eagle3" in self.speculation.drafters
+
+    @model_validator(mode="after")
+    def _log_has_traces(self) -> "AuroraConfig":
+        if self.capture.log_dir is not None and not self._drafts_neurally:
+            raise ValueError("capture.log_dir: there are traces of the neural drafter only; enable eagle3 or unset it")
+        return self
 
     @property
     def store_dir(self) -> Path:

@@ -131,6 +131,7 @@ METRICS: dict[str, Metric] = {
     "aurora_traces_total": Metric("counter", "Traces captured"),
     "aurora_trace_bytes_total": Metric("counter", "Bytes of traces captured"),
     "aurora_traces_dropped_total": Metric("counter", "Traces dropped because the sink was full"),
+    "aurora_traces_unlogged_total": Metric("counter", "Traces that `capture.log_dir` did not take"),
     "aurora_traces_waiting": Metric("gauge", "Traces that wait in the sink"),
     "aurora_drafter_version": Metric("gauge", "Drafter version that is live"),
     "aurora_swaps_total": Metric("counter", "Drafter versions swapped in"),

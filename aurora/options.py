@@ -143,6 +143,22 @@ def _parse_setting(setting: str) -> tuple[str, Any]:
     return key, value
 
 
+def trainer_settings(settings: Sequence[str]) -> dict[str, Any]:
+    """The overrides of `--set trainer.KEY=VALUE` flags. Raises ConfigError for another part of the configuration."""
+    from aurora.config import ConfigError
+
+    overrides = dict(_parse_setting(setting) for setting in settings)
+    for key in overrides:
+        if not key.startswith("trainer."):
+            raise ConfigError(f"--set {key}: only keys of the trainer can be set here, for example trainer.loss")
+    return overrides
+
+
+def _add_trainer_settings(add: Callable[..., object]) -> None:
+    help_set = "any key of the trainer's configuration, for example --set trainer.rl.weight=0.5 (repeatable)"
+    add("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings", help=help_set)
+
+
 def add_traffic_options(parser: argparse.ArgumentParser) -> None:
     """The flags of `aurora traffic`; names and defaults are those of `TrafficOptions`, which checks the values."""
     add = parser.add_argument
@@ -253,7 +269,21 @@ def add_replay_options(parser: argparse.ArgumentParser) -> None:
     add("--no-domains", dest="domains", action="store_false", help="tell nobody which domain a request is of")
     add("--seed", type=int, default=0, metavar="N", help="of training (default: %(default)s)")
     add("--seeds", type=int, default=1, metavar="N", help="replay with N seeds and give confidence intervals")
+    _add_trainer_settings(add)
     add("--json", dest="json_file", type=Path, metavar="FILE", help="write every request's outcome there too")
+
+
+def add_train_options(parser: argparse.ArgumentParser) -> None:
+    """The flags of `aurora train`; names and defaults are those of `TrainOptions`, which checks the values."""
+    add = parser.add_argument
+    add("log", type=Path, metavar="LOG", help="directory of traces (capture.log_dir) or that `aurora record` made")
+    add("--out", type=Path, required=True, metavar="DIR", help="new directory for the drafter")
+    add("--model", help="target; default: the one whose traces LOG holds")
+    add("--drafter", type=Path, metavar="DIR", help="published drafter to begin with; default: the untrained one")
+    add("--draft-vocab", type=int, default=8192, metavar="N", help="of the untrained drafter (default: %(default)s)")
+    add("--steps", type=int, metavar="N", help="optimiser steps; default: 8 passes over LOG")
+    add("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    _add_trainer_settings(add)
 
 
 def add_curve_options(parser: argparse.ArgumentParser) -> None:

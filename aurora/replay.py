@@ -5,7 +5,9 @@ the same controller, tables, trainer. Acceptance is exact, because the target's 
 draft is accepted when the recorded target said it. Time is modelled: each step takes what the costs of a live engine
 (`aurora bench --json`) say, and training gets `train_share` of it in core-seconds.
 
-A request is drafted for by the version that was live when it arrived.
+A request is drafted for by the version that was live when it arrived. The trainer gets the accepted and rejected
+neural drafts as it does live, for the policy gradient; but on rejected paths a recording holds no states of the target,
+so there is nothing to distil there.
 """
 
 import json
@@ -20,11 +22,13 @@ from rich.progress import Progress
 from rich.table import Table
 
 from aurora.clockwork import Clockwork, Live, Outcome, PortfolioSpeculator, PromptLookup, Speculator, Training
-from aurora.config import AuroraConfig, UserError, require_positive, require_writable
+from aurora.config import AuroraConfig, UserError, load_config, require_positive, require_writable
 from aurora.goodput import StepTimeModel
+from aurora.options import trainer_settings
 from aurora.prompts import read_prompts
 from aurora.replay_result import Cell, half_widths, mean_cells, recovery, rows, summarise
 from aurora.results import read_rows, write_rows
+from aurora.trace import TABLE_VERSION
 
 if TYPE_CHECKING:
     from trainer.loop import TrainerLoop
@@ -67,6 +71,7 @@ class ReplayOptions:
     experiment: str = "replay"  # name of these rows
     sample_drafts: str = "greedy"  # or "probabilistic": sampled from q, for texts that were sampled
     domains: bool = True  # tell the controller and the tables each request's domain
+    settings: tuple[str, ...] = ()  # trainer.KEY=VALUE: how to train
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
@@ -82,6 +87,11 @@ class ReplayOptions:
             raise UserError(f"--save-drafter {self.save_drafter}: it exists; give a new directory")
         if self.sample_drafts not in ("greedy", "probabilistic"):
             raise UserError(f"--sample-drafts {self.sample_drafts}: choose greedy or probabilistic")
+        trained = load_config(None, trainer_settings(self.settings)).trainer
+        if self.sample_drafts != "greedy" and trained.rl.weight:
+            raise UserError(
+                "--sample-drafts probabilistic: replay does not log q for trainer.rl; leave one of them out"
+            )
         if not 0 <= self.train_share <= 8:
             raise UserError(f"--train-share {self.train_share}: must be between 0 and 8 core-seconds a second")
 
@@ -126,9 +136,9 @@ class _Trial:
 
 def _trial(options: ReplayOptions, recording: "Recording", keys: list[str], costs: StepTimeModel) -> _Trial:
     with tempfile.TemporaryDirectory(prefix="aurora-replay-") as scratch:
-        speculator, training, depths = _policy(options, recording, Path(scratch))
+        speculator, training, draft = _policy(options, recording, Path(scratch))
         clockwork = Clockwork(costs, speculator, options.concurrency)
-        outcomes = _replay(options.policy, Arrivals(options, recording, keys, depths), clockwork)
+        outcomes = _replay(options.policy, Arrivals(options, recording, keys, draft), clockwork)
         if options.save_drafter is not None and training is not None:
             training.save(options.save_drafter)
     return _Trial(outcomes, training.spent_s if training is not None else 0.0)
@@ -154,13 +164,13 @@ def _order(options: ReplayOptions, recording: "Recording") -> list[str]:
     return present[: options.limit]
 
 
-_Depths = Callable[["Recorded"], Any]  # right neural drafts from each start, [starts]
+_Draft = Callable[["Recorded"], Any]  # neural drafts from each start, [starts, k], and the version that drew them
 
 
 def _policy(
     options: ReplayOptions, recording: "Recording", run_dir: Path
-) -> tuple[Speculator, Training | None, _Depths | None]:
-    """What drafts, what trains beside it, and how far the neural drafter is right on a request that arrives."""
+) -> tuple[Speculator, Training | None, _Draft | None]:
+    """What drafts, what trains beside it, and what the neural drafter drafts along a request that arrives."""
     if options.policy == "no_speculation":
         return Speculator(), None, None
     if options.policy == "prompt_lookup":
@@ -180,16 +190,16 @@ def _policy(
     training = Training(loop, options.train_share, portfolio.controller.drafter_changed)
     if options.policy in _LEARNING:
         speculator.training = training
-    return speculator, training, _depths(options, recording, loop, model_dir)
+    return speculator, training, _drafting(options, recording, loop, model_dir)
 
 
-def _depths(options: ReplayOptions, recording: "Recording", loop: "TrainerLoop", model_dir: Path) -> _Depths:
-    """How far the live neural drafter's drafts are accepted along a request's text."""
-    from trainer.verify import Sampling, right_drafts, said_probabilities, sampled_drafts
+def _drafting(options: ReplayOptions, recording: "Recording", loop: "TrainerLoop", model_dir: Path) -> _Draft:
+    """What the live neural drafter drafts along a request's text, as far as verification accepts it."""
+    from trainer.verify import Sampling, greedy_drafts, sampled_drafts, text_law
 
     how = recording.manifest
     if options.sample_drafts == "greedy" or how.temperature == 0:
-        return lambda request: right_drafts(loop.live, request, options.k_max)
+        return lambda request: (greedy_drafts(loop.live, request, options.k_max), loop.version)
     import torch
 
     from drafters import TargetWeights
@@ -198,25 +208,23 @@ def _depths(options: ReplayOptions, recording: "Recording", loop: "TrainerLoop",
     sampling = Sampling(how.temperature, how.top_p, how.top_k)
     generator = torch.Generator().manual_seed(options.seed)
 
-    def accepted(request: "Recorded") -> Any:
-        said = said_probabilities(request, head, sampling)
-        return sampled_drafts(loop.live, request, options.k_max, said, temperature=how.temperature, generator=generator)
+    def draft(request: "Recorded") -> Any:
+        law = text_law(request, head, loop.live.draft_ids, sampling)
+        drafts = sampled_drafts(
+            loop.live, request, options.k_max, law, temperature=how.temperature, generator=generator
+        )
+        return drafts, loop.version
 
-    return accepted
+    return draft
 
 
 def _config(options: ReplayOptions, recording: "Recording", run_dir: Path) -> AuroraConfig:
     drafters = {"ngram_table": ("ngram",), "portfolio": ("eagle3", "ngram")}.get(options.policy, ("eagle3",))
     speculation: dict[str, Any] = {"k_max": options.k_max, "drafters": drafters, "drafter": options.drafter}
     speculation |= {"draft_vocab": options.draft_vocab, "fixed_k": options.fixed_k}
-    return AuroraConfig.model_validate(
-        {
-            "model": recording.manifest.model,
-            "run_dir": run_dir,
-            "speculation": speculation,
-            "trainer": {"seed": options.seed},
-        }
-    )
+    overrides: dict[str, Any] = {"model": recording.manifest.model, "run_dir": run_dir, "trainer.seed": options.seed}
+    overrides |= {f"speculation.{name}": value for name, value in speculation.items()}
+    return load_config(None, overrides | trainer_settings(options.settings))
 
 
 @dataclass
@@ -226,16 +234,16 @@ class Arrivals:
     options: ReplayOptions
     recording: "Recording"
     keys: list[str]
-    depths: _Depths | None = None
+    draft: _Draft | None = None
     outcomes: list[Outcome] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[Live]:
         for number, key in enumerate(self.keys):
             request = self.recording.read(key)
             told = request.domain if self.options.domains else ""
-            right = self.depths(request) if self.depths is not None else None
+            drafted, version = self.draft(request) if self.draft is not None else (None, TABLE_VERSION)
             self.outcomes.append(Outcome(request.domain))
-            yield Live(f"{number}", request, right, self.outcomes[-1], told)
+            yield Live(f"{number}", request, drafted, self.outcomes[-1], told, version)
 
 
 def _replay(name: str, arrivals: Arrivals, clockwork: Clockwork) -> list[Outcome]:

@@ -21,6 +21,7 @@ class DraftTrace(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     Row i is the target's state after reading `input_ids[i]` at position `position + i`. In a verification step
     `input_ids = [last emitted token, draft 1 .. draft k]`, so row 0 judges draft 1 and row k gives the bonus token;
     rows past `accepted` lie on the rejected branch. In a prefill chunk k = 0 and `input_ids` are prompt tokens.
+    Where the target was never run on the rejected branch (a replay) `hidden` and `aux` end with the accepted rows.
     """
 
     schema: int = SCHEMA_VERSION

@@ -13,6 +13,7 @@ from prometheus_client import REGISTRY
 from aurora.config import AuroraConfig
 from aurora.guard import VersionGuard
 from aurora.store import DrafterStore
+from aurora.trace_log import TraceLog
 from serve.engine import RunningEngine, install_seams, start_engine
 from serve.exporter import PrometheusExporter
 from serve.feedback import Ingest, Report, TraceForwarder, TrainerUnavailable, collect_forever, swap_forever
@@ -77,7 +78,8 @@ class Server:
             return []
         await install_seams(engine, self.config)
         exporter = PrometheusExporter(REGISTRY)
-        forwarder = TraceForwarder(_ingest_into(self.trainer) if self.trainer is not None else None, exporter)
+        ingest = _ingest_into(self.trainer) if self.trainer is not None else None
+        forwarder = TraceForwarder(ingest, exporter, _trace_log(self.config))
         report_to = _report_to(self.reporter) if self.reporter is not None else None
         guard = VersionGuard(engine.drafter.number)
         loops = [
@@ -94,6 +96,16 @@ def _find(name: str | None) -> Any:
     except ValueError:
         log.warning("no actor %s; serving goes on without it", name)
         return None
+
+
+def _trace_log(config: AuroraConfig) -> TraceLog | None:
+    """Where traces are kept, if they are. Raises UserError when that directory cannot be used."""
+    capture = config.capture
+    return (
+        TraceLog(capture.log_dir.expanduser(), capture.log_mib << 20, config.model)
+        if capture.log_dir is not None
+        else None
+    )
 
 
 def _ingest_into(trainer: Any) -> Ingest:

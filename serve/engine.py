@@ -76,7 +76,7 @@ async def install_seams(engine: RunningEngine, config: AuroraConfig) -> None:
     """Put capture, swap and the sampling repair into every worker; an engine without them must not serve."""
     assert engine.drafter is not None, "nothing to install without speculation"
     settings = {
-        "sink_bytes": config.capture.sink_mib << 20 if config.learning else 0,
+        "sink_bytes": config.capture.sink_mib << 20 if config.captures else 0,
         "prompt_tokens": config.capture.prompt_tokens,
         "top_m": config.capture.top_m,
         "store_dir": str(config.store_dir.resolve()),

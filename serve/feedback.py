@@ -12,6 +12,7 @@ from aurora.config import AuroraConfig
 from aurora.guard import VersionGuard
 from aurora.metrics import EngineReport, merge
 from aurora.store import DrafterRefused, DrafterStore
+from aurora.trace_log import TraceLog
 from serve.engine import RunningEngine
 from serve.exporter import PrometheusExporter
 
@@ -33,24 +34,43 @@ Report = Callable[[dict[str, Any], float], None]  # hands counters and a wall-cl
 
 
 class TraceForwarder:
-    """Sends encoded traces to the trainer, one payload at a time and in order.
+    """Sends encoded traces to the trainer and to a log on disk, to each one payload at a time and in order.
 
-    A trainer that is dead or slow costs traces, which are counted, never serving.
+    A trainer or disk that is dead or slow costs traces, which are counted, never serving.
     """
 
-    def __init__(self, ingest: Ingest | None, exporter: PrometheusExporter) -> None:
+    def __init__(self, ingest: Ingest | None, exporter: PrometheusExporter, log: TraceLog | None = None) -> None:
         self._ingest = ingest
         self._exporter = exporter
+        self._log = log
         self._task: asyncio.Task[None] | None = None
+        self._writing: asyncio.Task[None] | None = None
 
     def send(self, payload: bytes, traces: int) -> None:
         """Forward one payload of `traces`; never blocks. It is lost and counted if the last one is still on its way."""
-        if self._ingest is None or not payload:
+        if not payload:
+            return
+        if self._log is not None:
+            self._keep(self._log, payload, traces)
+        if self._ingest is None:
             return
         if self._task is not None and not self._task.done():
             self._lost(traces)
             return
         self._task = asyncio.create_task(self._forward(payload, traces))
+
+    def _keep(self, trace_log: TraceLog, payload: bytes, traces: int) -> None:
+        if self._writing is not None and not self._writing.done():
+            self._exporter.inc("aurora_traces_unlogged_total", {}, traces)
+            return
+        self._writing = asyncio.create_task(self._write(trace_log, payload, traces))
+
+    async def _write(self, trace_log: TraceLog, payload: bytes, traces: int) -> None:
+        try:
+            await asyncio.to_thread(trace_log.write, payload)
+        except OSError as error:
+            self._exporter.inc("aurora_traces_unlogged_total", {}, traces)
+            log.warning("%s does not take traces (%s); serving goes on", trace_log.directory, error.strerror)
 
     async def _forward(self, payload: bytes, traces: int) -> None:
         assert self._ingest is not None

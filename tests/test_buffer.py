@@ -55,7 +55,7 @@ def request(make: MakeTrace, name: str, steps: list[tuple[int, int]], domain: st
 
 
 def assert_aligned(replay: Replay) -> None:
-    """Each row holds the token and the state of its own position, and branches fork where the target disagreed."""
+    """Each row holds the token and the state of its own position, and drafts end where the target disagreed."""
     for queue in (replay._train, replay._held_out):
         for sequence in queue.sequences.values():
             s = sequence.snapshot()
@@ -63,12 +63,13 @@ def assert_aligned(replay: Replay) -> None:
             rows = s.hidden.view(torch.uint16).numpy()
             assert rows[:, 0].tolist() == list(range(s.position, s.position + len(rows)))
             assert len(s.ids) - len(rows) in (0, 1)
-            for b in s.branches:
+            for b in s.drafts:
                 true = [token(s.position + b.start + 2 + i) for i in range(len(b.path))]
                 assert b.path[: b.accepted].tolist() == true[: b.accepted]
-                assert b.path[b.accepted] != true[b.accepted]
+                assert b.accepted == len(b.path) or b.path[b.accepted] != true[b.accepted]
                 assert (b.hidden.view(torch.uint16).numpy() == 999).all()
                 assert len(b.hidden) == len(b.path) - b.accepted
+                assert len(b.q) == len(b.path)
 
 
 STEPS = st.lists(st.integers(0, 4).flatmap(lambda k: st.tuples(st.just(k), st.integers(0, k))), max_size=12)
@@ -100,6 +101,42 @@ def _make(**fields: object) -> DraftTrace:
     return DraftTrace(**plain | fields)
 
 
+def test_every_verified_draft_is_known_the_accepted_ones_too() -> None:
+    sequence = OpenSequence.begin(trace(_make, "r", 0, PROMPT, 0, 0))
+    for t in request(_make, "r", [(2, 2), (0, 0), (3, 1)]):
+        sequence.append(t)
+    first, second = sequence.snapshot().drafts
+    assert (first.start, first.accepted, first.path.tolist()) == (PROMPT - 1, 2, [token(PROMPT + 1), token(PROMPT + 2)])
+    assert first.hidden.shape == (0, H)
+    assert (second.start, second.accepted, len(second.path), len(second.hidden)) == (PROMPT + 3, 1, 3, 2)
+    assert (second.version, second.temperature, second.q.tolist()) == (1, 1.0, [1.0, 1.0, 1.0])
+
+
+def test_the_logged_q_counts_only_where_drafts_were_sampled() -> None:
+    import msgspec
+
+    q = np.array([0.5, 0.25], np.float32)
+    for temperature, expected, drafted_at in ((0.0, [1.0, 1.0], 1.0), (0.7, [0.5, 0.25], 0.7)):
+        sequence = OpenSequence.begin(trace(_make, "r", 0, PROMPT, 0, 0))
+        prompt, verified = request(_make, "r", [(2, 1)])
+        sequence.append(prompt)
+        sequence.append(msgspec.structs.replace(verified, draft_q=q, temperature=temperature))
+        (draft,) = sequence.snapshot().drafts
+        assert (draft.q.tolist(), draft.temperature) == (expected, drafted_at)
+
+
+def test_rejected_rows_may_be_missing() -> None:
+    import msgspec
+
+    replay = Replay(H, VOCAB, 8, 0.01)
+    prompt, verified = request(_make, "r", [(3, 1)])
+    replay.add(prompt)
+    replay.add(msgspec.structs.replace(verified, hidden=verified.hidden[:2], aux=verified.aux[:2]))
+    (sequence,) = (s.snapshot() for s in replay._train.sequences.values())
+    (draft,) = sequence.drafts
+    assert (draft.accepted, len(draft.path), len(draft.hidden), len(sequence.hidden)) == (1, 3, 0, PROMPT + 2)
+
+
 def test_a_gap_splits_the_request() -> None:
     replay = Replay(H, VOCAB, 8, 0.01)
     first, _lost, *rest = request(_make, "r", [(2, 1), (2, 0), (2, 2), (2, 2)])
@@ -125,7 +162,7 @@ def test_a_prompt_cached_in_part_starts_later() -> None:
     sequence.append(trace(_make, "r", 4, 3, 2, 0))
     s = sequence.snapshot()
     assert (s.position, s.first_start, s.end_start) == (2, 1, 2)
-    assert s.branches[0].start == 1
+    assert s.drafts[0].start == 1
 
 
 def test_the_oldest_leave_beyond_the_bound_and_are_counted() -> None:
@@ -187,7 +224,13 @@ def test_emitted_tokens_are_counted() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("hidden", np.zeros((3, 9), np.uint16)), ("aux", np.zeros((2, 6), np.uint16)), ("accepted", 3), ("position", -1)],
+    [
+        ("draft_q", np.ones(1, np.float32)),
+        ("hidden", np.zeros((3, 9), np.uint16)),
+        ("aux", np.zeros((2, 6), np.uint16)),
+        ("accepted", 3),
+        ("position", -1),
+    ],
 )
 def test_a_trace_that_contradicts_itself_is_refused(field: str, value: object) -> None:
     import msgspec

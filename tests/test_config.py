@@ -78,3 +78,19 @@ def test_nothing_is_learned_without_speculation() -> None:
 def test_the_cache_follows_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert AuroraConfig().cache_dir == tmp_path / "aurora"
+
+
+def test_something_must_be_learned_from() -> None:
+    with pytest.raises(ConfigError, match="accepted_weight 0 leaves nothing to imitate"):
+        load_config(None, {"trainer.accepted_weight": 0, "trainer.rejected_weight": 0})
+    with pytest.raises(ConfigError, match="accepted_weight 0"):
+        load_config(None, {"trainer.accepted_weight": 0, "trainer.loss": "accepted_length"})
+    assert load_config(None, {"trainer.accepted_weight": 0}).trainer.learns_rejected
+
+
+def test_traces_are_taken_for_the_trainer_or_for_the_log(tmp_path: Path) -> None:
+    assert load_config(None, {}).captures
+    assert not load_config(None, {"trainer.enabled": False}).captures
+    assert load_config(None, {"trainer.enabled": False, "capture.log_dir": tmp_path}).captures
+    with pytest.raises(ConfigError, match=r"capture\.log_dir: there are traces of the neural drafter only"):
+        load_config(None, {"capture.log_dir": tmp_path, "speculation.drafters": ("ngram",)})

@@ -1,4 +1,6 @@
 import asyncio
+import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +14,7 @@ from safetensors.torch import save_file
 from aurora.guard import VersionGuard
 from aurora.metrics import EngineReport
 from aurora.store import DrafterStore
+from aurora.trace_log import TraceLog, log_files
 from serve.exporter import PrometheusExporter
 from serve.feedback import SwapFailed, TraceForwarder, TrainerUnavailable, swap, swap_forever
 
@@ -165,3 +168,41 @@ async def test_a_dead_trainer_is_shown_and_its_traces_are_counted(
     assert count(exporter, "aurora_traces_dropped_total") == 3
     (alive,) = [s.value for m in exporter._gauges["aurora_trainer_alive"].collect() for s in m.samples]
     assert alive == 0
+
+
+async def test_traces_are_logged_whether_or_not_a_trainer_takes_them(
+    exporter: PrometheusExporter, tmp_path: Path
+) -> None:
+    async def ingest(_: bytes) -> None:
+        raise TrainerUnavailable("ActorDiedError")
+
+    for name, taker in (("alone", None), ("beside", ingest)):
+        log = TraceLog(tmp_path / name, 1000, "m")
+        forwarder = TraceForwarder(taker, exporter, log)
+        for payload in (b"a", b"", b"b"):
+            forwarder.send(payload, 1)
+            await forwarder._writing
+        assert [path.read_bytes() for path in log_files(tmp_path / name)] == [b"a", b"b"]
+
+
+async def test_a_disk_that_is_slow_or_full_costs_logged_traces_only(
+    exporter: PrometheusExporter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, gate = TraceLog(tmp_path / "log", 1000, "m"), threading.Event()
+    write = log.write
+
+    def wait_and_write(payload: bytes) -> None:
+        assert gate.wait(20)
+        write(payload)
+
+    monkeypatch.setattr(log, "write", wait_and_write)
+    forwarder = TraceForwarder(None, exporter, log)
+    forwarder.send(b"a", 3)
+    forwarder.send(b"b", 4)
+    assert count(exporter, "aurora_traces_unlogged_total") == 4
+    gate.set()
+    await forwarder._writing
+    shutil.rmtree(tmp_path / "log")
+    forwarder.send(b"c", 5)
+    await forwarder._writing
+    assert count(exporter, "aurora_traces_unlogged_total") == 9

@@ -17,12 +17,14 @@ from aurora.prompts import Conversation
 from aurora.replay import ReplayOptions, run
 from aurora.replay_result import Cell, half_widths, mean_cells, recovery, requests_to_recover
 from aurora.results import read_rows
+from aurora.trace import DraftTrace, decode_traces
 from drafters import TargetWeights, load_drafter
 from drafters.rollout import Context, Nodes, run_rollouts
 from tests.tiny import TinyServer, prompts, tiny_config
+from trainer.loop import TrainerLoop
 from trainer.recording import Manifest, Recording, RecordingWriter, request_key
 from trainer.sequence import OpenSequence, Sequence
-from trainer.verify import right_drafts
+from trainer.verify import greedy_drafts
 
 TURNS = [(f"question {i}",) for i in range(12)]
 FREE = dict.fromkeys(COSTS, 0.0)
@@ -114,7 +116,7 @@ def test_lookup_is_vllms(text):
     assert lookup(np.array(text)) == theirs.tolist()
 
 
-def test_right_drafts_are_those_of_drafting_one_token_at_a_time(recorded: Path, directory: Path, tmp_path: Path):
+def test_greedy_drafts_are_those_of_drafting_one_token_at_a_time(recorded: Path, directory: Path, tmp_path: Path):
     target = TargetWeights.load(directory)
     from aurora.store import DrafterStore
     from drafters import ensure_drafter
@@ -123,13 +125,15 @@ def test_right_drafts_are_those_of_drafting_one_token_at_a_time(recorded: Path, 
     version = ensure_drafter(DrafterStore(config.store_dir), directory, config.speculation, 0)
     model = load_drafter(version.path, target)
     sequence = Recording(recorded / "recording").read(request_key(TURNS[0], 0))
-    found = right_drafts(model, sequence, 3)
+    found = greedy_drafts(model, sequence, 3)
     assert len(found) == sequence.end_start - sequence.first_start
     for start in range(sequence.first_start, sequence.end_start):
         drafts = _draft(model, sequence, start, 3)
         truth = sequence.ids[start + 2 : start + 5].tolist()
         agreed = next((i for i, (a, b) in enumerate(zip(drafts, truth, strict=False)) if a != b), len(truth))
-        assert found[start - sequence.first_start] == agreed
+        known = min(agreed + 1, len(truth))
+        assert found[start - sequence.first_start, :known].tolist() == drafts[:known]
+        assert (found[start - sequence.first_start, agreed + 1 :] == -1).all()
 
 
 def _draft(model, sequence: Sequence, start: int, k: int) -> list[int]:
@@ -172,6 +176,47 @@ def test_online_training_gets_its_share_and_its_drafter_can_be_kept(recorded: Pa
     static = _result(recorded, "static_eagle3", tmp_path, drafter=kept)
     assert static["training_core_s"] == 0
     assert static["requests"][0]["emitted"] == 24
+
+
+def test_the_trainer_gets_the_neural_drafts_and_not_the_tables(
+    recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    traces: list[DraftTrace] = []
+    shares: list[float] = []
+    ingest, train = TrainerLoop.ingest, TrainerLoop.train
+
+    def noting_ingest(loop: TrainerLoop, payload: bytes) -> int:
+        traces.extend(decode_traces(payload))
+        return ingest(loop, payload)
+
+    def noting_train(loop: TrainerLoop):
+        step = train(loop)
+        shares.append(step.rl_share if step.actions else 0.0)
+        return step
+
+    monkeypatch.setattr(TrainerLoop, "ingest", noting_ingest)
+    monkeypatch.setattr(TrainerLoop, "train", noting_train)
+    settings = ("trainer.rl.weight=0.5", "trainer.rl.after_steps=0", "trainer.batch_rows=64")
+    online = _result(recorded, "online_eagle3", tmp_path, fixed_k=2, train_share=2.0, settings=settings)
+    verified = [t for t in traces if t.k]
+    assert {t.drafter_version for t in verified} == {1}
+    assert len(verified) == sum(r["draft_steps"] for r in online["requests"])
+    assert sum(t.accepted for t in verified) == sum(r["accepted"] for r in online["requests"])
+    assert all(len(t.hidden) == 1 + t.accepted for t in verified)
+    assert max(shares) > 0
+    traces.clear()
+    both = _result(recorded, "portfolio", tmp_path)
+    neural = sum(bool(t.k) for t in traces)
+    assert 0 < neural < sum(r["draft_steps"] for r in both["requests"])
+
+
+def test_a_setting_reaches_the_trainer_and_a_wrong_one_is_named(recorded: Path):
+    with pytest.raises(UserError, match=r"trainer\.loss.*got 'l2'"):
+        _options(recorded, "online_eagle3", settings=("trainer.loss=l2",))
+    with pytest.raises(UserError, match=r"--set speculation\.k_max: only keys of the trainer"):
+        _options(recorded, "online_eagle3", settings=("speculation.k_max=3",))
+    with pytest.raises(UserError, match="expected KEY=VALUE"):
+        _options(recorded, "online_eagle3", settings=("trainer.seed",))
 
 
 def test_results_are_rows_that_say_what_they_compare_with(recorded: Path, tmp_path: Path):

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from aurora.trace import TABLE_VERSION
 from drafters import Eagle3, Eagle3Config, TargetWeights, initialise
 from drafters.rollout import run_rollouts
 from tests.tiny import DRAFT_VOCAB, VOCAB, TinyServer, half_right, prompts, write_target
@@ -142,14 +143,62 @@ def test_the_judge_of_a_main_node_says_what_the_target_emitted(
         assert agree > 0.9, "bf16 features may flip a near tie, not more"
 
 
+def test_actions_sit_where_the_drafted_tokens_were_chosen(server: TinyServer) -> None:
+    traces = server.traces("r", prompts(1)[0], 16, half_right, version=3)
+    sequence = assemble(traces)
+    starts = range(sequence.first_start, sequence.end_start)
+    batch = build_batch([(sequence, starts)], 2, oldest_version=0)
+    found = []
+    for depth, (nodes, label, actions) in enumerate(zip(batch.nodes, batch.labels, batch.actions, strict=True)):
+        assert not label.rejected[actions.node].any()
+        for node, token, q, accepted, left in zip(
+            *(t.tolist() for t in (actions.node, actions.token, actions.q, actions.accepted, actions.left)), strict=True
+        ):
+            root = node if depth == 0 else int(nodes.parent[node])
+            position = sequence.position + int(batch.nodes[0].parent[root]) + 1
+            assert (token == int(label.truth[node])) == (accepted > 0)
+            found.append((position, depth, token, q, accepted, left))
+    expected = [
+        (t.position, depth, int(t.input_ids[1 + depth]), 1.0, t.accepted - depth, t.k - depth)
+        for t in traces[1:]
+        for depth in range(min(t.accepted + 1, t.k, 2))
+    ]
+    assert sorted(found) == sorted(expected)
+    assert any(accepted > 2 for *_, accepted, _ in found), "accepted tokens beyond the rollout's depths count, too"
+
+
+def test_actions_of_several_sequences_keep_their_nodes(server: TinyServer) -> None:
+    sequences = [assemble(server.traces(f"r{i}", p, 12, half_right)) for i, p in enumerate(prompts(3))]
+    windows = [(s, range(s.first_start + 1, s.end_start)) for s in sequences]
+    batch = build_batch(windows, 3, oldest_version=0)
+    for label, actions in zip(batch.labels, batch.actions, strict=True):
+        right = actions.accepted > 0
+        assert torch.equal(label.truth[actions.node][right], actions.token[right])
+        assert (label.truth[actions.node][~right] != actions.token[~right]).all()
+    assert sum(len(actions.node) for actions in batch.actions) > 20
+
+
+def test_the_table_and_stale_drafters_take_no_actions(server: TinyServer) -> None:
+    def actions(version: int, oldest: int | None) -> int:
+        sequence = assemble(server.traces("r", prompts(1)[0], 12, half_right, version=version))
+        window = [(sequence, range(sequence.first_start, sequence.end_start))]
+        return sum(len(a.node) for a in build_batch(window, 3, oldest_version=oldest).actions)
+
+    assert actions(4, 4) > 0
+    assert actions(4, 5) == actions(4, None) == 0
+    assert actions(TABLE_VERSION, -1) == 0
+
+
 def test_stale_and_unwanted_rejected_paths_stay_out(server: TinyServer) -> None:
     sequence = assemble(server.traces("r", prompts(1)[0], 12, half_right, version=4))
     window = [(sequence, range(sequence.first_start, sequence.end_start))]
 
-    def rejected(oldest: int | None) -> int:
-        return sum(int(label.rejected.sum()) for label in build_batch(window, 4, oldest_version=oldest).labels)
+    def rejected(oldest: int | None, wanted: bool = True) -> int:
+        batch = build_batch(window, 4, oldest_version=oldest, rejected=wanted)
+        return sum(int(label.rejected.sum()) for label in batch.labels)
 
     assert rejected(4) > 0
+    assert rejected(4, wanted=False) == 0
     assert rejected(5) == 0
     assert rejected(None) == 0
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from aurora.config import TrainerConfig
+from aurora.config import RLConfig, TrainerConfig
 from drafters import Eagle3Config, TargetWeights, initialise
 from tests.tiny import DRAFT_VOCAB, HIDDEN, VOCAB, TinyServer, half_right, prompts, write_target
 from trainer.buffer import Replay
@@ -82,6 +82,72 @@ def test_rejected_rows_have_a_weight_of_their_own(replay: Replay, target: Target
     assert silent.grad_norm == pytest.approx(without.grad_norm, rel=1e-4)
     assert weighted.loss_per_depth[0] == pytest.approx(without.loss_per_depth[0], rel=1e-5), "depth 0 is never rejected"
     assert weighted.loss_per_depth[1:] != without.loss_per_depth[1:]
+
+
+def test_accepted_rows_have_a_weight_of_their_own(replay: Replay, target: TargetWeights) -> None:
+    both = batch(replay, 0)
+    weighted = new_learner(target).step(both)
+    doubled = new_learner(target, SETTINGS.model_copy(update={"accepted_weight": 2.0, "rejected_weight": 1.0})).step(
+        both
+    )
+    only_rejected = new_learner(target, SETTINGS.model_copy(update={"accepted_weight": 0.0})).step(both)
+    assert doubled.loss == pytest.approx(weighted.loss, rel=1e-5), "only the ratio of the weights counts"
+    assert only_rejected.loss_per_depth[0] == 0.0
+    assert only_rejected.loss_per_depth[1] > 0
+
+
+def test_merged_targets_are_learned_from(replay: Replay, target: TargetWeights) -> None:
+    both = batch(replay, 0)
+    whole, all_kept, few = (
+        new_learner(target, SETTINGS.model_copy(update={"target_top_m": m})).step(both) for m in (0, DRAFT_VOCAB, 4)
+    )
+    assert (all_kept.loss, all_kept.grad_norm) == (whole.loss, whole.grad_norm)
+    assert few.loss < whole.loss
+    learner = new_learner(target, SETTINGS.model_copy(update={"target_top_m": 4}))
+    first, *_, last = [learner.step(batch(replay, seed % 5)) for seed in range(41)]
+    assert last.acceptance_length > first.acceptance_length + 0.2
+
+
+def test_the_accepted_length_of_rollouts_can_be_raised_directly(replay: Replay, target: TargetWeights) -> None:
+    learner = new_learner(target, SETTINGS.model_copy(update={"loss": "accepted_length"}))
+    steps = [learner.step(batch(replay, seed, rejected=False)) for seed in range(80)]
+    assert 0 < steps[-1].loss < steps[0].loss < SETTINGS.ttt_steps
+    assert steps[0].loss <= sum(steps[0].loss_per_depth), "some rollouts end before the last depth"
+    assert steps[-1].acceptance_length > steps[0].acceptance_length + 0.2
+
+
+def test_the_policy_comes_in_on_schedule_and_imitation_goes(replay: Replay, target: TargetWeights) -> None:
+    rl = RLConfig(weight=0.5, after_steps=2, ramp_steps=2)
+    learner, imitating = new_learner(target, SETTINGS.model_copy(update={"rl": rl})), new_learner(target)
+    steps = [learner.step(batch(replay, seed)) for seed in range(5)]
+    plain = [imitating.step(batch(replay, seed)) for seed in range(3)]
+    assert [step.rl_share for step in steps] == [0, 0, 0, 0.25, 0.5]
+    assert [step.loss for step in steps[:3]] == [step.loss for step in plain]
+    assert [step.actions > 0 for step in steps] == [False, False, False, True, True]
+    assert steps[3].loss < sum(0.8**j * loss for j, loss in enumerate(steps[3].loss_per_depth))
+
+
+def test_the_policy_learns_what_was_accepted(target: TargetWeights) -> None:
+    """With no imitation left, only accepted drafts say what the right tokens are."""
+    rl = RLConfig(weight=1.0, after_steps=0, ramp_steps=1, anchor=0.0)
+    replay = Replay(HIDDEN, VOCAB, 64, 0.01)
+    server = TinyServer(Path(target.name))
+    for i, prompt in enumerate(prompts(4)):
+        for trace in server.traces(f"r{i}", prompt, 14, lambda truth, _step: truth[:2]):
+            replay.add(trace)
+    learner = new_learner(target, SETTINGS.model_copy(update={"rl": rl, "batch_rows": 64}))
+    steps = [learner.step(batch(replay, seed)) for seed in range(60)]
+    assert steps[0].rl_share == 0.0
+    assert steps[-1].acceptance_length > steps[0].acceptance_length + 0.2
+
+
+def test_a_batch_without_actions_teaches_by_imitation_alone(replay: Replay, target: TargetWeights) -> None:
+    rl = RLConfig(weight=0.5, after_steps=0, ramp_steps=1)
+    learner, plain = new_learner(target, SETTINGS.model_copy(update={"rl": rl})), new_learner(target)
+    for seed in range(3):
+        assert values(learner.step(batch(replay, seed, rejected=False))) == values(
+            plain.step(batch(replay, seed, rejected=False))
+        )
 
 
 def test_a_new_vocabulary_keeps_rows_and_moments(learner: Learner, replay: Replay, target: TargetWeights) -> None:

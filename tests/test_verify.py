@@ -15,7 +15,7 @@ from drafters.rollout import run_rollouts
 from tests.tiny import TinyServer, prompts, tiny_config
 from trainer.rollout import build_batch
 from trainer.sequence import OpenSequence, Sequence
-from trainer.verify import Sampling, acceptance_chance, right_drafts, said_probabilities, sampled_drafts
+from trainer.verify import NOTHING, Sampling, TextLaw, acceptance_chance, greedy_drafts, sampled_drafts, text_law
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +44,12 @@ def test_the_mean_over_what_is_said_is_what_rejection_sampling_accepts(a: list[f
 @pytest.mark.parametrize(
     "how", [Sampling(1.0), Sampling(0.7, top_p=0.9), Sampling(1.0, top_k=5), Sampling(2.0, 0.5, 3)]
 )
-def test_said_probabilities_are_those_of_a_plain_definition(sequence: Sequence, directory: Path, how: Sampling) -> None:
+def test_the_law_of_a_text_is_that_of_a_plain_definition(sequence: Sequence, directory: Path, how: Sampling) -> None:
     head = TargetWeights.load(directory).lm_head
-    found = said_probabilities(sequence, head, how)
-    assert len(found) == len(sequence.hidden)
+    drafted = torch.arange(0, len(head), 3)
+    law = text_law(sequence, head, drafted, how)
+    assert law.said.shape == (len(sequence.hidden),)
+    assert law.drafted.shape == (len(sequence.hidden), len(drafted))
     for row in range(sequence.first_start, len(sequence.hidden)):
         p = (sequence.hidden[row].float() @ head.T / how.temperature).softmax(-1)
         order = p.argsort(descending=True).tolist()
@@ -57,10 +59,12 @@ def test_said_probabilities_are_those_of_a_plain_definition(sequence: Sequence, 
             inside.append(token)
             if sum(float(p[t]) for t in inside) / total >= how.top_p:
                 break
+        left = torch.zeros(len(p))
+        left[inside] = p[inside] / p[inside].sum()
         token = int(sequence.ids[row + 1])
-        expected = float(p[token]) / sum(float(p[t]) for t in inside)
         assert token in inside, "the text is greedy, so its tokens are always among those kept"
-        assert float(found[row]) == pytest.approx(expected, rel=1e-3)
+        assert float(law.said[row]) == pytest.approx(float(left[token]), rel=1e-3)
+        assert torch.allclose(law.drafted[row], left[drafted], rtol=1e-3, atol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -71,18 +75,33 @@ def model(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Eagle3:
     return load_drafter(version.path, TargetWeights.load(directory))
 
 
-def test_a_drafter_at_zero_temperature_is_accepted_as_far_as_it_is_right(sequence: Sequence, model: Eagle3) -> None:
-    """In the limit q is one-hot, and a text that was certain leaves the right drafts only."""
-    certain = torch.ones(len(sequence.hidden))
-    found = sampled_drafts(model, sequence, 3, certain, temperature=1e-6, generator=torch.Generator().manual_seed(0))
-    assert found.tolist() == right_drafts(model, sequence, 3).tolist()
+def _law(sequence: Sequence, model: Eagle3, said: torch.Tensor) -> TextLaw:
+    """A law that gives the text's tokens `said` [T] and everything else next to nothing."""
+    return TextLaw(said, torch.zeros(len(sequence.hidden), len(model.draft_ids)))
+
+
+def _accepted(drafts: np.ndarray, sequence: Sequence) -> np.ndarray:
+    """Leading drafts of each start that are the text's."""
+    ids = np.concatenate([sequence.ids, np.full(drafts.shape[1] + 1, -2)])
+    starts = np.arange(len(drafts)) + sequence.first_start
+    truth = ids[starts[:, None] + 2 + np.arange(drafts.shape[1])]
+    return np.cumprod(drafts == truth, axis=1).sum(1)
+
+
+def test_a_drafter_at_zero_temperature_drafts_greedily(sequence: Sequence, model: Eagle3) -> None:
+    """In the limit q is one-hot, and of a text that was certain the right drafts are accepted."""
+    law = _law(sequence, model, torch.ones(len(sequence.hidden)))
+    found = sampled_drafts(model, sequence, 3, law, temperature=1e-6, generator=torch.Generator().manual_seed(0))
+    assert found.tolist() == greedy_drafts(model, sequence, 3).tolist()
 
 
 def test_a_sampled_draft_is_accepted_with_its_chance(sequence: Sequence, model: Eagle3) -> None:
     """At T = 0.5: the first draft with min(1, q / p); the second with that times its own."""
     p = torch.linspace(0.002, 0.02, len(sequence.hidden))
     generator = torch.Generator().manual_seed(0)
-    draws = np.stack([sampled_drafts(model, sequence, 2, p, temperature=0.5, generator=generator) for _ in range(600)])
+    law = _law(sequence, model, p)
+    drafts = [sampled_drafts(model, sequence, 2, law, temperature=0.5, generator=generator) for _ in range(400)]
+    accepted = np.stack([_accepted(drawn, sequence) for drawn in drafts])
     starts = range(sequence.first_start, sequence.end_start)
     batch = build_batch([(sequence, starts)], 2)
     expected = np.ones(len(starts))
@@ -94,6 +113,23 @@ def test_a_sampled_draft_is_accepted_with_its_chance(sequence: Sequence, model: 
         said = q.gather(1, label.truth.clamp_min(0)[:, None])[:, 0].where(label.truth >= 0, 0.0)
         chance = (said / p[label.target]).clamp_max(1.0).numpy()
         expected = expected[: len(chance)] * chance
-        found = (draws[:, : len(chance)] > depth).mean(0)
-        assert np.abs(found - expected).max() < 5 * 0.5 / np.sqrt(len(draws))
+        found = (accepted[:, : len(chance)] > depth).mean(0)
+        assert np.abs(found - expected).max() < 5 * 0.5 / np.sqrt(len(drafts))
     assert 0.02 < expected.mean() < 0.98, "neither certain nor hopeless"
+
+
+def test_a_rejected_draft_is_one_that_the_target_wants_less(sequence: Sequence, model: Eagle3) -> None:
+    """Rejected tokens come from (q - p)+: never one whose p is at least its q; after it nothing is known."""
+    wanted = int(greedy_drafts(model, sequence, 1)[0, 0])
+    p = torch.zeros(len(sequence.hidden), len(model.draft_ids))
+    p[:, model.draft_ids == wanted] = 1.0
+    law = TextLaw(torch.full((len(p),), 0.9), p)
+    generator = torch.Generator().manual_seed(0)
+    drafts = np.concatenate(
+        [sampled_drafts(model, sequence, 3, law, temperature=1.0, generator=generator)[:1] for _ in range(300)]
+    )
+    truth = int(sequence.ids[sequence.first_start + 2])
+    wrong = drafts[drafts[:, 0] != truth]
+    assert len(wrong) > 100
+    assert wanted not in wrong[:, 0]
+    assert (wrong[:, 1:] == NOTHING).all()

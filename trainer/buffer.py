@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from aurora.trace import DraftTrace
+from aurora.trace import TABLE_VERSION, DraftTrace
 from trainer.sequence import OpenSequence, Sequence, check_trace
 
 MIN_STARTS = 4  # a growing sequence is trained on from here
@@ -78,12 +78,14 @@ class Replay:
         self._open: dict[str, tuple[int, OpenSequence]] = {}
         self._key = 0
         self.received = 0  # rows of the target taken in so far
+        self.newest_version = TABLE_VERSION  # of the drafters in the traces
         self._gaps = 0
         self._duplicates = 0
 
     def add(self, trace: DraftTrace) -> None:
         """Take one trace. Raises ValueError when it contradicts itself or the target."""
         check_trace(trace, self.hidden_size)
+        self.newest_version = max(self.newest_version, trace.drafter_version)
         key, sequence = self._open.get(trace.request_id) or self._begin(trace)
         if sequence.rows and sequence.knows(trace):
             self._duplicates += 1

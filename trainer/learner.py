@@ -1,4 +1,4 @@
-"""The optimiser step: distil the target into the drafter along rollouts."""
+"""The optimiser step: the drafter learns along rollouts what `trainer.objective` asks for."""
 
 import time
 from collections.abc import Iterator
@@ -12,7 +12,8 @@ from drafters.eagle3 import Eagle3
 from drafters.rollout import run_rollouts
 from drafters.target import TargetWeights
 from drafters.vocab import move_rows, to_mask, to_offsets
-from trainer.losses import Loss, forward_kl, target_probabilities
+from trainer.losses import target_probabilities
+from trainer.objective import Judge
 from trainer.rollout import Batch, Labels
 
 
@@ -28,6 +29,10 @@ class StepMetrics:
     learning_rate: float
     rows: int  # rollout starts
     rejected_rows: int  # nodes on rejected paths
+    actions: int  # verified drafted tokens in the policy's part
+    rl_share: float  # of the policy's part in the loss
+    rl_loss: float  # surrogate and anchor, mean over the actions; 0 without any
+    rl_clipped: float  # share of the actions whose ratio is outside the clip
     seconds: float
 
     @property
@@ -39,11 +44,11 @@ class StepMetrics:
 class Learner:
     """A drafter in training: parameters, Adam moments (Kingma & Ba 2015; AdamW) and the step counter."""
 
-    def __init__(self, model: Eagle3, target: TargetWeights, config: TrainerConfig, loss: Loss = forward_kl) -> None:
+    def __init__(self, model: Eagle3, target: TargetWeights, config: TrainerConfig) -> None:
         self.model = model
         self.target = target
         self.config = config
-        self.loss = loss
+        self._judge = Judge(config)
         self.steps = 0
         self._warm_from = 0  # step at which the warm-up began
         self.tokens = 0  # rollout starts trained on, passes counted
@@ -58,23 +63,28 @@ class Learner:
         began = time.perf_counter()
         rate = self._warm_up()
         with torch.autocast(self._draft_head.device.type, torch.bfloat16, enabled=self._bf16):
-            losses, accepted = zip(*self._roll(batch), strict=True)
-        loss = _decayed(losses, self.config.depth_decay)
+            logits, p, accepted = zip(*self._roll(batch), strict=True)
+            objective = self._judge.measure(logits, p, batch, self.model.draft_ids, self.steps)
         self.optimizer.zero_grad()
-        torch.autograd.backward(loss)
+        torch.autograd.backward(objective.loss)
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
         self.optimizer.step()
         self.steps += 1
         self.tokens += batch.rows
+        policy = objective.policy
         return StepMetrics(
             step=self.steps,
-            loss=loss.item(),
-            loss_per_depth=tuple(value.item() for value in losses),
+            loss=objective.loss.item(),
+            loss_per_depth=objective.per_depth,
             acceptance_per_depth=accepted,
             grad_norm=grad_norm.item(),
             learning_rate=rate,
             rows=batch.rows,
             rejected_rows=sum(int(label.rejected.sum()) for label in batch.labels),
+            actions=policy.actions if policy is not None else 0,
+            rl_share=objective.share,
+            rl_loss=policy.loss.item() if policy is not None else 0.0,
+            rl_clipped=policy.clipped if policy is not None else 0.0,
             seconds=time.perf_counter() - began,
         )
 
@@ -85,16 +95,15 @@ class Learner:
             group["lr"] = rate
         return rate
 
-    def _roll(self, batch: Batch) -> Iterator[tuple[Tensor, float]]:
-        """(loss, share of rollouts accepted so far) of each depth in turn."""
+    def _roll(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor, float]]:
+        """(logits [n, D], p [n, D], share of rollouts accepted so far) of each depth in turn."""
         p = target_probabilities(batch.target_hidden.to(torch.float32), self._draft_head)  # [R, D]
         right = torch.ones(0)
         states = run_rollouts(self.model, batch.context, batch.nodes)
         for nodes, label, state in zip(batch.nodes, batch.labels, states, strict=True):
             logits = self.model.logits(state).float()
             right, share = accepted_share(self.model, logits.detach(), label, right, nodes.parent)
-            weight = torch.where(label.rejected, self.config.rejected_weight, 1.0)
-            yield (weight * self.loss(logits, p[label.target])).sum() / weight.sum(), share
+            yield logits, p[label.target], share
 
     def change_vocabulary(self, ids: Tensor) -> None:
         """Let the drafter propose the target tokens `ids` [D]: kept tokens keep their learned rows and Adam moments."""
@@ -142,8 +151,3 @@ def accepted_share(
         right = right & before[parent]
     known = label.truth >= 0
     return right, float(right[known].float().mean()) if bool(known.any()) else 0.0
-
-
-def _decayed(losses: tuple[Tensor, ...], decay: float) -> Tensor:
-    """Sum over depths j of decay ** j times the depth's loss."""
-    return torch.stack([decay**depth * loss for depth, loss in enumerate(losses)]).sum()

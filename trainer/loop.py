@@ -23,7 +23,6 @@ from trainer.buffer import Replay
 from trainer.checkpoint import CheckpointRefused, load_checkpoint, save_checkpoint
 from trainer.gate import Verdict, judge
 from trainer.learner import Learner, StepMetrics
-from trainer.losses import LOSSES
 from trainer.rollout import build_batch
 
 log = logging.getLogger(__name__)
@@ -68,7 +67,6 @@ class TrainerLoop:
             load_drafter(self._store.read(self.version).path, self._target),
             self._target,
             self._settings,
-            LOSSES[self._settings.loss],
         )
         sizes = self.live.config
         self._replay = Replay(sizes.hidden_size, sizes.vocab_size, self._settings.replay_mib, self._settings.holdout)
@@ -181,8 +179,14 @@ class TrainerLoop:
         with self._changed:
             windows = self._replay.sample(self._settings.batch_rows, rng)
             stats = self._replay.stats()
-        oldest = self.version - self._settings.max_staleness if self._settings.rejected_weight else None
-        batch = build_batch(windows, self._settings.ttt_steps, oldest_version=oldest, device=self._device)
+            newest = max(self.version, self._replay.newest_version)  # a log may hold drafts of later versions
+        batch = build_batch(
+            windows,
+            self._settings.ttt_steps,
+            oldest_version=newest - self._settings.max_staleness,
+            rejected=self._settings.learns_rejected,
+            device=self._device,
+        )
         metrics = self._learner.step(batch)
         self._trained_s += self._clock() - began
         self.last_step = metrics

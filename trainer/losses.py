@@ -1,4 +1,4 @@
-"""Distillation losses: pure, one value a row.
+"""Distillation losses: pure; one value a row, or one a node of a rollout.
 
 Each takes the drafter's logits [n, D] and the target's probabilities p [n, D] over the draft vocabulary of D tokens,
 and returns [n]. q is the softmax of the logits. p is the target's distribution at temperature 1, restricted to the
@@ -6,7 +6,7 @@ draft vocabulary and renormalised there (`target_probabilities`): tokens that th
 whatever it learns, and leaving them out saves the target's head over the full vocabulary, a third of a step's work.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -55,3 +55,34 @@ LOSSES: dict[str, Loss] = {
     "jensen_shannon": jensen_shannon,
     "total_variation": total_variation,
 }
+
+
+def lump(logits: Tensor, p: Tensor, m: int) -> tuple[Tensor, Tensor]:
+    """Logits and target over m + 1 events, [n, m + 1] each: the target's m likeliest tokens, and all others as one.
+
+    Any loss above of the result is at most that of the whole (data processing: merging events brings distributions no
+    further apart), is 0 at q = p and asks for the target's own mass on the rest. Renormalising p over its m tokens
+    would ask for none there: its optimum is not the target. m of D or more gives `logits` and `p` back.
+    """
+    if m >= p.shape[-1]:
+        return logits, p
+    kept_p, kept = p.topk(m, dim=-1)
+    rest = logits.scatter(-1, kept, float("-inf")).logsumexp(-1, keepdim=True)
+    rest_p = (1.0 - kept_p.sum(-1, keepdim=True)).clamp_min(0.0)
+    return torch.cat([logits.gather(-1, kept), rest], -1), torch.cat([kept_p, rest_p], -1)
+
+
+def accepted_length(logits: Sequence[Tensor], p: Sequence[Tensor], parents: Sequence[Tensor]) -> Iterator[Tensor]:
+    """How likely the draft that ends at each node is not accepted to its end: [n_j] for each depth j in turn.
+
+    logits, p: [n_j, D]; parents: [n_j], the node of the depth before (not read at depth 0). At a node a sampled draft
+    is accepted with probability alpha = sum min(p, q), so a draft of j + 1 tokens with the product of alpha along its
+    nodes, and the sum over the depths of one rollout is its depth minus E[accepted tokens] (Leviathan et al. 2023). It
+    is exact where alpha does not depend on which tokens were accepted before; a rollout knows alpha along the recorded
+    text only. Unlike the losses above it has no gradient at a depth that is never reached.
+    """
+    reached: Tensor | None = None
+    for logit, target, parent in zip(logits, p, parents, strict=True):
+        alpha = 1.0 - total_variation(logit, target)
+        reached = alpha if reached is None else alpha * reached[parent]
+        yield 1.0 - reached

@@ -10,9 +10,10 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -79,6 +80,9 @@ class Recording:
 
     def __len__(self) -> int:
         return len(self._places)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
 
     def read(self, key: str) -> Sequence:
         """One request: all T tokens that the target read, T + 1 ids. Raises KeyError for one that is not here."""
@@ -159,26 +163,51 @@ class RecordingWriter:
         self._pending, self._pending_bytes = [], 0
 
 
-def trace_of(request: Sequence, prompt_rows: int) -> DraftTrace:
-    """A recorded request as one trace, as if it had been served without drafts; of its prompt the newest rows only."""
-    first = max(0, request.prompt_tokens - prompt_rows)
-    rows = len(request.hidden) - first
+class Verified(NamedTuple):
+    """A greedy neural draft for a recorded request."""
+
+    known: int  # tokens of the request before it
+    tokens: list[int]  # those after the first wrong one need not be known
+    accepted: int
+    version: int  # drafter that drew it
+
+
+def traces_of(request: Sequence, prompt_rows: int, drafts: Iterable[Verified] = ()) -> Iterator[DraftTrace]:
+    """The traces of serving a recorded request: of its prompt the newest rows, then one a step.
+
+    A step verifies the one of `drafts` that was drawn there or decodes plainly. What the target would have said on
+    rejected tokens was never recorded, so the rows of a step end with the accepted ones.
+    """
+    drawn = {draft.known: draft for draft in drafts}
+    first, at = max(0, request.prompt_tokens - prompt_rows), request.prompt_tokens
+    yield _trace(request, first, at - first, None)
+    while at < len(request.hidden):
+        draft = drawn.get(at + 1)
+        yield _trace(request, at, 1, draft)
+        at += 1 + (draft.accepted if draft is not None else 0)
+
+
+def _trace(request: Sequence, first: int, read: int, draft: Verified | None) -> DraftTrace:
+    """A step that reads `read` known tokens from row `first` on, and then the draft."""
+    tokens, accepted = (draft.tokens, draft.accepted) if draft is not None else ([], 0)
+    emitted = first + read
+    end = emitted + accepted
     return DraftTrace(
         request_id=request.request_id,
-        step=0,
+        step=first,
         time_s=0.0,
         position=first,
         prompt_tokens=request.prompt_tokens,
-        input_ids=request.ids[first:-1].astype(np.int32),
-        emitted_ids=request.ids[-1:].astype(np.int32),
-        k=0,
-        accepted=0,
-        draft_q=np.zeros(0, np.float32),
-        top_q_ids=np.zeros((0, 0), np.int32),
-        top_q=np.zeros((0, 0), np.float32),
-        hidden=from_bf16(request.hidden[-rows:]),
-        aux=from_bf16(request.aux[-rows:]),
-        drafter_version=TABLE_VERSION,
+        input_ids=np.append(request.ids[first:emitted], tokens).astype(np.int32),
+        emitted_ids=request.ids[emitted : end + 1].astype(np.int32),
+        k=len(tokens),
+        accepted=accepted,
+        draft_q=np.ones(len(tokens), np.float32),
+        top_q_ids=np.zeros((len(tokens), 0), np.int32),
+        top_q=np.zeros((len(tokens), 0), np.float32),
+        hidden=from_bf16(request.hidden[first:end]),
+        aux=from_bf16(request.aux[first:end]),
+        drafter_version=draft.version if draft is not None else TABLE_VERSION,
         temperature=0.0,
         top_p=1.0,
         top_k=0,

@@ -17,14 +17,16 @@ from aurora.trace import DraftTrace
 
 
 @dataclass(frozen=True, eq=False)
-class Branch:
-    """A draft that the target left after `accepted` tokens, with what the target would have said on it."""
+class Draft:
+    """A draft that the target verified and left after `accepted` tokens, with what it would have said further on."""
 
     start: int  # row of the sequence from which it was drafted
     accepted: int
-    path: np.ndarray  # [k] int64: the drafted tokens; token j - 1 is read at depth j
-    hidden: Tensor  # [k - accepted, H] bf16: target states that judge depths accepted + 1 .. k
-    version: int  # drafter that drew it
+    path: np.ndarray  # [k] int64: the drafted tokens; token j - 1 is read at depth j and chosen at depth j - 1
+    q: np.ndarray  # [k] float32: probability with which each was drafted; 1 for greedy drafting
+    temperature: float  # of the drafter when it drew them
+    hidden: Tensor  # [k - accepted or 0, H] bf16: states that judge depths accepted + 1 .. k; 0 rows: not known
+    version: int  # drafter that drew it, or `aurora.trace.TABLE_VERSION`
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +40,7 @@ class Sequence:
     ids: np.ndarray  # [T] or, when the token after the last row is known, [T + 1]; int64
     hidden: Tensor  # [T, H] bf16: the target's last hidden state
     aux: Tensor  # [T, 3H] bf16: the tapped layers
-    branches: tuple[Branch, ...]
+    drafts: tuple[Draft, ...]
 
     @property
     def first_start(self) -> int:
@@ -69,7 +71,7 @@ class OpenSequence:
     _ids: list[np.ndarray] = field(default_factory=list)
     _hidden: list[np.ndarray] = field(default_factory=list)
     _aux: list[np.ndarray] = field(default_factory=list)
-    _branches: list[Branch] = field(default_factory=list)
+    _drafts: list[Draft] = field(default_factory=list)
     _next: int | None = None  # token after the last row
 
     @classmethod
@@ -91,11 +93,11 @@ class OpenSequence:
         return follows and (self._next is None or self._next == int(trace.input_ids[0]))
 
     def append(self, trace: DraftTrace) -> None:
-        """Add the accepted rows, and the rejected ones as a branch. The trace must continue this sequence."""
+        """Add the accepted rows, and what was drafted. The trace must continue this sequence."""
         assert self.rows == 0 or self.continues(trace)
         count = accepted_rows(trace)
-        if trace.k > trace.accepted:
-            self._add_branch(trace)
+        if trace.k:
+            self._add_draft(trace)
         self._ids.append(trace.input_ids[:count].astype(np.int64))
         self._hidden.append(trace.hidden[:count].copy())
         self._aux.append(trace.aux[:count].copy())
@@ -103,14 +105,17 @@ class OpenSequence:
         self.rows += count
         self.nbytes += 8 * count + trace.hidden[:count].nbytes + trace.aux[:count].nbytes
 
-    def _add_branch(self, trace: DraftTrace) -> None:
+    def _add_draft(self, trace: DraftTrace) -> None:
         start = self.rows + len(trace.input_ids) - trace.k - 2
         if start < 0:
             return
-        judges = trace.hidden[len(trace.input_ids) - trace.k + trace.accepted :]
+        judges = to_bf16(trace.hidden[accepted_rows(trace) :])
         path = trace.input_ids[-trace.k :].astype(np.int64)
-        self._branches.append(Branch(start, trace.accepted, path, to_bf16(judges), trace.drafter_version))
-        self.nbytes += judges.nbytes + path.nbytes
+        greedy = trace.temperature == 0  # then the likeliest token was drafted, whatever its probability was
+        q = np.ones(trace.k, np.float32) if greedy else trace.draft_q.copy()
+        temperature = 1.0 if greedy else trace.temperature
+        self._drafts.append(Draft(start, trace.accepted, path, q, temperature, judges, trace.drafter_version))
+        self.nbytes += judges.nbytes + path.nbytes + q.nbytes
 
     def snapshot(self) -> Sequence:
         """The sequence as it stands, immutable. Its arrays stay valid when this one grows."""
@@ -125,7 +130,7 @@ class OpenSequence:
             np.concatenate([*self._ids, *known]),
             _view_bf16(self._hidden[0]),
             _view_bf16(self._aux[0]),
-            tuple(self._branches),
+            tuple(self._drafts),
         )
 
 
@@ -137,10 +142,16 @@ def accepted_rows(trace: DraftTrace) -> int:
 def check_trace(trace: DraftTrace, hidden_size: int) -> None:
     """Raise ValueError naming the field of a trace that contradicts the others or the target's hidden size."""
     n = len(trace.input_ids)
+    rows = len(trace.hidden)
     rules: dict[str, Callable[[], bool]] = {
         "k": lambda: 0 <= trace.accepted <= trace.k < n or (n > 0 and trace.k == trace.accepted == 0),
-        "hidden": lambda: trace.hidden.shape == (n, hidden_size) and trace.hidden.dtype == np.uint16,
-        "aux": lambda: trace.aux.shape == (n, 3 * hidden_size) and trace.aux.dtype == np.uint16,
+        "draft_q": lambda: trace.draft_q.shape == (trace.k,),
+        "hidden": lambda: (
+            rows in (n, accepted_rows(trace))
+            and trace.hidden.shape == (rows, hidden_size)
+            and trace.hidden.dtype == np.uint16
+        ),
+        "aux": lambda: trace.aux.shape == (rows, 3 * hidden_size) and trace.aux.dtype == np.uint16,
         "emitted_ids": lambda: len(trace.emitted_ids) in {0, trace.accepted + 1},
         "position": lambda: trace.position >= 0,
     }

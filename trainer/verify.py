@@ -1,4 +1,9 @@
-"""How far a drafter's drafts along a known text are accepted, from every position of it."""
+"""What a drafter drafts along a known text, from every position of it, and how much of that verification accepts.
+
+Drafts of a text are rows [starts, k], one for each row `first_start` .. `end_start - 1` of its sequence: row t drafts
+after token t + 1, and reads its own tokens, as when it serves. Entries that the target did not accept differ from the
+text's token; those after the first of them are `NOTHING`.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +18,10 @@ from drafters.rollout import run_rollouts
 from trainer.rollout import MAX_CONTEXT, Labels, build_batch
 from trainer.sequence import Sequence
 
+NOTHING = -1  # after the first wrong draft: what followed it is not known
 _ROWS = 256  # of the target's distribution at a time: bounds memory at large vocabularies
+
+_Propose = Callable[[Tensor, Labels], tuple[Tensor, Tensor]]  # (logits [n, D], labels) -> drafts [n], accepted [n]
 
 
 @dataclass(frozen=True)
@@ -25,50 +33,53 @@ class Sampling:
     top_k: int = 0  # 0: unlimited
 
 
-_Accepted = Callable[[Tensor, Labels], Tensor]  # (logits [n, D], labels of n nodes) -> [n] bool
-
-
 @torch.no_grad()
-def right_drafts(model: Eagle3, sequence: Sequence, k: int) -> npt.NDArray[np.int64]:
-    """Leading right drafts, 0 to k, when drafting greedily from each row `first_start` .. `end_start - 1`; [starts].
+def greedy_drafts(model: Eagle3, sequence: Sequence, k: int) -> npt.NDArray[np.int64]:
+    """Greedy drafts [starts, k]: one-hot, so accepted as far as they are what the text says, if it was sampled too."""
 
-    Row t drafts after token t + 1. Up to the first wrong draft the drafter reads its own tokens, as when it serves.
-    Greedy drafts are one-hot, so this is what verification accepts, of sampled texts too: a draft is accepted when the
-    target happens to say it.
-    """
+    def propose(logits: Tensor, label: Labels) -> tuple[Tensor, Tensor]:
+        drafts = model.draft_ids[logits.argmax(-1)]
+        return drafts, drafts == label.truth
 
-    def said(logits: Tensor, label: Labels) -> Tensor:
-        return model.draft_ids[logits.argmax(-1)] == label.truth
+    return _drafts(model, sequence, k, propose)
 
-    return _leading(model, sequence, k, said)
+
+@dataclass(frozen=True, eq=False)
+class TextLaw:
+    """The target's distribution along a text of T rows, after temperature, top-k and top-p."""
+
+    said: Tensor  # [T] probability of the text's next token; 1 where it is not known
+    drafted: Tensor  # [T, D] probabilities of the draft vocabulary's tokens
 
 
 @torch.no_grad()
 def sampled_drafts(
-    model: Eagle3, sequence: Sequence, k: int, said: Tensor, *, temperature: float, generator: torch.Generator
+    model: Eagle3, sequence: Sequence, k: int, law: TextLaw, *, temperature: float, generator: torch.Generator
 ) -> npt.NDArray[np.int64]:
-    """Leading accepted drafts, 0 to k, when the drafts are sampled from q and verified by rejection sampling; [starts].
-
-    said: [T] probability of the text's next token after each row (`said_probabilities`).
+    """Drafts [starts, k] sampled from q at `temperature` and verified by rejection sampling.
 
     Rejection sampling emits x with probability p(x), of which min(p(x), q(x)) comes from an accepted draft (Leviathan
-    et al. 2023, theorem 3.5): given that x was said, the draft was accepted with probability min(1, q(x) / p(x)). That
-    chance is drawn at each position of the recorded text until the first failure, which is exact: its mean over texts
-    sampled from p is what serving accepts.
+    et al. 2023, theorem 3.5): given that x was said, the draft was accepted with probability min(1, q(x) / p(x)), and
+    otherwise was a token from (q - p)+, whatever x. Both are drawn at each position of the recorded text until the
+    first rejection, which is exact: over texts sampled from p it is what serving drafts and accepts.
     """
+    first = max(0, sequence.first_start - MAX_CONTEXT)  # row of the batch's first target
+    row_of = torch.full((len(model.t2d),), -1, dtype=torch.int64)
+    row_of[model.draft_ids.cpu()] = torch.arange(len(model.draft_ids))
 
-    said = said[max(0, sequence.first_start - MAX_CONTEXT) :]  # the rows of the batch
+    def propose(logits: Tensor, label: Labels) -> tuple[Tensor, Tensor]:
+        q, target = (logits.float() / temperature).softmax(-1).cpu(), label.target.cpu() + first
+        truth = label.truth.cpu()
+        row = row_of[truth.clamp_min(0)]
+        possible = (row >= 0) & (truth >= 0)
+        said = torch.where(possible, q.gather(1, row.clamp_min(0)[:, None])[:, 0], 0.0)
+        chance = acceptance_chance(law.said[target], said)
+        accepted = torch.rand(len(chance), generator=generator) < chance
+        excess = (q - law.drafted[target]).clamp_min(torch.finfo(q.dtype).tiny)
+        rejected = model.draft_ids.cpu()[excess.multinomial(1, generator=generator)[:, 0]]
+        return torch.where(accepted, truth, rejected), accepted
 
-    def accepted(logits: Tensor, label: Labels) -> Tensor:
-        row_of = torch.full((len(model.t2d),), -1, dtype=torch.int64, device=logits.device)
-        row_of[model.draft_ids] = torch.arange(len(model.draft_ids), device=logits.device)
-        row = row_of[label.truth.clamp_min(0)]
-        q = (logits.float() / temperature).softmax(-1).gather(1, row.clamp_min(0)[:, None])[:, 0]
-        q = torch.where((row >= 0) & (label.truth >= 0), q, 0.0)
-        chance = acceptance_chance(said[label.target], q)
-        return torch.rand(len(chance), generator=generator, device=chance.device) < chance
-
-    return _leading(model, sequence, k, accepted)
+    return _drafts(model, sequence, k, propose)
 
 
 def acceptance_chance(p: Tensor, q: Tensor) -> Tensor:
@@ -77,21 +88,23 @@ def acceptance_chance(p: Tensor, q: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def said_probabilities(sequence: Sequence, head: Tensor, sampling: Sampling) -> Tensor:
-    """p of the recorded next token after each row under the target's head [V, H] and the sampling; [T], 1 at the end.
+def text_law(sequence: Sequence, head: Tensor, draft_ids: Tensor, sampling: Sampling) -> TextLaw:
+    """The target's distribution along a text, by its head [V, H].
 
-    A token that rounding (the states are bf16) puts just outside of top-k or top-p counts as the least likely one in.
+    A token of the text that rounding (the states are bf16) puts just outside of top-k or top-p counts as the least
+    likely one inside.
     """
     truth = torch.from_numpy(sequence.ids[1 : len(sequence.hidden) + 1])
-    said = torch.ones(len(sequence.hidden))
-    for first in range(0, len(truth), _ROWS):
-        ids = truth[first : first + _ROWS]
-        logits = sequence.hidden[first : first + len(ids)].to(torch.float32) @ head.T / sampling.temperature
+    said, drafted = torch.ones(len(sequence.hidden)), []
+    for first in range(0, len(sequence.hidden), _ROWS):
+        logits = sequence.hidden[first : first + _ROWS].to(torch.float32) @ head.T / sampling.temperature
         kept = _kept(logits, sampling)
         log_p = logits.masked_fill(~kept, float("-inf")).log_softmax(-1)
-        least = log_p.masked_fill(~kept, 0.0).amin(-1)
-        said[first : first + len(ids)] = torch.maximum(log_p.gather(1, ids[:, None])[:, 0], least).exp()
-    return said
+        drafted.append(log_p[:, draft_ids].exp())
+        ids = truth[first : first + _ROWS]
+        least = log_p.masked_fill(~kept, 0.0).amin(-1)[: len(ids)]
+        said[first : first + len(ids)] = torch.maximum(log_p[: len(ids)].gather(1, ids[:, None])[:, 0], least).exp()
+    return TextLaw(said, torch.cat(drafted))
 
 
 def _kept(logits: Tensor, sampling: Sampling) -> Tensor:
@@ -104,19 +117,20 @@ def _kept(logits: Tensor, sampling: Sampling) -> Tensor:
     return torch.zeros_like(inside).scatter(1, order, inside)
 
 
-def _leading(model: Eagle3, sequence: Sequence, k: int, accepts: _Accepted) -> npt.NDArray[np.int64]:
-    """For each start, how many depths in a row `accepts` says yes to."""
+def _drafts(model: Eagle3, sequence: Sequence, k: int, propose: _Propose) -> npt.NDArray[np.int64]:
+    """What `propose` drafts from each start, depth by depth for as long as it is accepted."""
     starts = range(sequence.first_start, sequence.end_start)
-    depths = np.zeros(len(starts), np.int64)
+    drafts = np.full((len(starts), k), NOTHING, np.int64)
     if not starts:
-        return depths
+        return drafts
     batch = build_batch([(sequence, starts)], k, device=str(model.inv_freq.device))
-    open_, origin = torch.ones(0, dtype=torch.bool), torch.arange(0)
+    reached, accepted, origin = torch.ones(0, dtype=torch.bool), torch.ones(0, dtype=torch.bool), torch.arange(0)
     states = run_rollouts(model, batch.context, batch.nodes)
     for depth, (nodes, label, state) in enumerate(zip(batch.nodes, batch.labels, states, strict=True)):
-        yes = accepts(model.logits(state), label).cpu()
+        tokens, yes = (found.cpu() for found in propose(model.logits(state), label))
         parent = nodes.parent.cpu()
-        open_ = yes if depth == 0 else yes & open_[parent]
-        origin = torch.arange(len(starts)) if depth == 0 else origin[parent]
-        depths[origin[open_].numpy()] += 1
-    return depths
+        origin = origin[parent] if depth else torch.arange(len(starts))
+        reached = (reached & accepted)[parent] if depth else torch.ones(len(starts), dtype=torch.bool)
+        drafts[origin[reached].numpy(), depth] = tokens[reached].numpy()
+        accepted = yes
+    return drafts
