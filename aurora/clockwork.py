@@ -16,7 +16,7 @@ import numpy as np
 
 from aurora.controller import Plan, RequestView
 from aurora.goodput import StepTimeModel, StepWork
-from aurora.trace import encode_traces
+from aurora.trace import encode_traces, pack_states
 
 if TYPE_CHECKING:
     from serve.portfolio import Portfolio
@@ -230,9 +230,10 @@ class PortfolioSpeculator(Speculator):
 class Training:
     """The trainer beside a replay: it gets `share` core-seconds of work for each modelled second."""
 
-    def __init__(self, loop: "TrainerLoop", share: float, changed: Callable[[list[float]], None]) -> None:
-        """changed: told the gated rates of each version that becomes live."""
+    def __init__(self, loop: "TrainerLoop", share: float, changed: Callable[[list[float]], None], codec: str) -> None:
+        """changed: told the gated rates of each version that becomes live; codec: of the traces it learns from."""
         self.loop = loop
+        self._codec = codec
         self.spent_s = 0.0
         self._share = share
         self._credit_s = 0.0
@@ -259,4 +260,4 @@ class Training:
         """Take a served request in."""
         from trainer.recording import trace_of
 
-        self.loop.ingest(encode_traces([trace_of(request, _PROMPT_ROWS)]))
+        self.loop.ingest(encode_traces([pack_states(trace_of(request, _PROMPT_ROWS), self._codec)]))
