@@ -145,7 +145,8 @@ class TraceCodec:
         """[n, TAPS * H] to what travels, [n, *]."""
         rows, width = aux.shape
         taps = np.ascontiguousarray(aux).reshape(rows * TAPS, width // TAPS)
-        return self.aux.encode(taps).reshape(rows, -1)
+        encoded = self.aux.encode(taps)
+        return encoded.reshape(rows, TAPS * encoded.shape[1])
 
     def decode_aux(self, payload: npt.NDArray[np.generic], hidden_size: int) -> Bits16:
         """What `encode_aux` made, back to [n, TAPS * H]. Raises ValueError for a damaged payload."""

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from aurora.codec import CODECS, TAPS, Rotated, outliers
+from aurora.codec import CODECS, TAPS, Rotated, TraceCodec, outliers
 
 ROTATED = [pytest.param(codec, id=f"{codec.bits} bits") for codec in (Rotated(8), Rotated(6), Rotated(4), Rotated(3))]
 WIDTHS = st.sampled_from([1, 7, 48, 144, 288])
@@ -136,6 +136,14 @@ def test_payloads_of_another_form_are_refused_by_what_is_wrong() -> None:
         CODECS["bf16"].hidden.decode(encoded, 576)
     with pytest.raises(ValueError, match=r"shape \(2, 701\) does not hold 3 states"):
         compact.decode_aux(compact.encode_aux(gaussian(2, TAPS * 576))[:, :-1], 576)
+
+
+@pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
+def test_no_rows_are_no_bytes(codec: TraceCodec) -> None:
+    none = np.zeros((0, TAPS * 64), np.uint16)
+    encoded = codec.encode_aux(none)
+    assert encoded.size == 0
+    assert codec.decode_aux(encoded, 64).shape == none.shape
 
 
 def test_tapped_states_are_encoded_one_by_one() -> None:
