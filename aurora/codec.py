@@ -161,6 +161,7 @@ CODECS = {
     "bf16": TraceCodec(Plain(), Plain(), whole=True),
     "int8": TraceCodec(Rotated(8), Rotated(8), whole=False),
     "compact": TraceCodec(Rotated(6), Rotated(3), whole=False),
+    "tiny": TraceCodec(Rotated(4), Rotated(2), whole=False),
 }
 
 

@@ -251,7 +251,7 @@ def add_replay_options(parser: argparse.ArgumentParser) -> None:
         "--codec",
         default="compact",
         metavar="NAME",
-        help="form of the states that training gets: bf16, int8 or compact (default: %(default)s)",
+        help="form of the states that training gets: bf16, int8, compact or tiny (default: %(default)s)",
     )
     add("--results", type=Path, metavar="FILE", help="put rows of results there")
     add("--experiment", default="replay", metavar="NAME", help="of these rows (default: %(default)s)")

@@ -102,7 +102,7 @@ def test_only_the_newest_prompt_rows_are_kept() -> None:
 def test_the_bound_of_the_sink_counts_what_travels() -> None:
     traces = {codec: Step(3).captured(codec) for codec in CODECS}
     sizes = {codec: sum(t.nbytes for t in found) for codec, found in traces.items()}
-    assert sizes["compact"] < sizes["int8"] < sizes["bf16"]
+    assert sizes["tiny"] < sizes["compact"] < sizes["int8"] < sizes["bf16"]
     sink = TraceSink(sizes["compact"])
     for trace in traces["compact"]:
         sink.put(trace)

@@ -8,7 +8,7 @@ from hypothesis.extra import numpy as hnp
 
 from aurora.codec import CODECS, TAPS, Rotated, TraceCodec, outliers
 
-ROTATED = [pytest.param(codec, id=f"{codec.bits} bits") for codec in (Rotated(8), Rotated(6), Rotated(4), Rotated(3))]
+ROTATED = [pytest.param(codec, id=f"{codec.bits} bits") for codec in (Rotated(8), Rotated(6), Rotated(3), Rotated(2))]
 WIDTHS = st.sampled_from([1, 7, 48, 144, 288])
 
 
@@ -45,6 +45,7 @@ def test_compact_is_a_quarter_of_bf16_from_576_on(width: int) -> None:
     assert sizes["bf16"] == 8 * width
     assert sizes["int8"] <= 4.125 * width
     assert sizes["compact"] <= 2 * width
+    assert sizes["tiny"] <= 1.375 * width
 
 
 @pytest.mark.parametrize("codec", ROTATED)

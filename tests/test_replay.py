@@ -235,7 +235,7 @@ def test_recovery_is_told_where_each_domain_is_one_leg():
 def test_bad_input_is_named(recorded: Path, tmp_path: Path):
     with pytest.raises(UserError, match="--policy guess: no such policy; choose from no_speculation"):
         _options(recorded, "guess")
-    with pytest.raises(UserError, match="--codec zip: no such codec; choose from bf16, int8, compact"):
+    with pytest.raises(UserError, match="--codec zip: no such codec; choose from bf16, int8, compact, tiny"):
         _options(recorded, "online_eagle3", codec="zip")
     with pytest.raises(UserError, match="aurora record"):
         run(ReplayOptions(tmp_path, str(recorded / "order.jsonl"), "portfolio", recorded / "costs.json"))

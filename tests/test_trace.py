@@ -150,7 +150,9 @@ STEPS = [  # fields of a step; rows without last hidden state, rows with tapped 
 ]
 
 
-@pytest.mark.parametrize(("codec", "errors"), [("int8", (0.02, 0.02)), ("compact", (0.06, 0.25))])
+@pytest.mark.parametrize(
+    ("codec", "errors"), [("int8", (0.02, 0.02)), ("compact", (0.06, 0.25)), ("tiny", (0.15, 0.45))]
+)
 def test_states_come_back_nearly_where_something_is_learned_from_them(
     make_trace: Callable[..., DraftTrace], codec: str, errors: tuple[float, float]
 ) -> None:
@@ -187,7 +189,7 @@ def test_states_that_contradict_their_trace_are_refused(make_trace: Callable[...
         with pytest.raises(ValueError, match=message):
             list(unpack_states([good, msgspec.structs.replace(good, **fields)], 64))
 
-    refused("codec 'zip' is none of bf16, int8, compact: server and trainer", codec="zip")
+    refused("codec 'zip' is none of bf16, int8, compact, tiny: server and trainer", codec="zip")
     refused(
         r"trace of r at position 21: 4 last hidden and 2 tapped states contradict its 5 rows", hidden=good.hidden[1:]
     )
