@@ -16,7 +16,7 @@ import numpy as np
 
 from aurora.controller import Plan, RequestView
 from aurora.goodput import NEURAL, StepTimeModel, StepWork
-from aurora.trace import TABLE_VERSION, encode_traces
+from aurora.trace import TABLE_VERSION, encode_traces, pack_states
 from trainer.recording import Verified, traces_of
 
 if TYPE_CHECKING:
@@ -237,9 +237,10 @@ class PortfolioSpeculator(Speculator):
 class Training:
     """The trainer beside a replay: it gets `share` core-seconds of work for each modelled second."""
 
-    def __init__(self, loop: "TrainerLoop", share: float, changed: Callable[[list[float]], None]) -> None:
-        """changed: told the gated rates of each version that becomes live."""
+    def __init__(self, loop: "TrainerLoop", share: float, changed: Callable[[list[float]], None], codec: str) -> None:
+        """changed: told the gated rates of each version that becomes live; codec: of the traces it learns from."""
         self.loop = loop
+        self._codec = codec
         self.spent_s = 0.0
         self._share = share
         self._credit_s = 0.0
@@ -264,4 +265,5 @@ class Training:
 
     def learn_from(self, live: Live) -> None:
         """Take a served request in, with the neural drafts that were verified for it."""
-        self.loop.ingest(encode_traces(list(traces_of(live.request, _PROMPT_ROWS, live.verified))))
+        traces = traces_of(live.request, _PROMPT_ROWS, live.verified)
+        self.loop.ingest(encode_traces([pack_states(trace, self._codec) for trace in traces]))

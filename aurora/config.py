@@ -85,6 +85,9 @@ class CaptureConfig(_Branch):
 
     sink_mib: int = Field(256, ge=1, description="bound of the trace queue; beyond it the oldest are dropped")
     prompt_tokens: int = Field(256, ge=0, description="newest prompt tokens of each request whose features are kept")
+    codec: Literal["bf16", "int8", "compact", "tiny"] = Field(
+        "compact", description="form of the target's states in traces"
+    )
     top_m: int = Field(8, ge=0, le=64, description="drafter probabilities kept a draft when drafts are sampled")
     interval_s: float = Field(0.5, gt=0, description="how often traces are collected from the engine")
     log_dir: Path | None = Field(None, description="keep the traces there, for `aurora train`; they hold users' text")

@@ -263,6 +263,12 @@ def add_replay_options(parser: argparse.ArgumentParser) -> None:
         choices=("greedy", "probabilistic"),
         help="how the neural drafter drafts where the texts were sampled (default: %(default)s)",
     )
+    add(
+        "--codec",
+        default="compact",
+        metavar="NAME",
+        help="form of the states that training gets: bf16, int8, compact or tiny (default: %(default)s)",
+    )
     add("--results", type=Path, metavar="FILE", help="put rows of results there")
     add("--experiment", default="replay", metavar="NAME", help="of these rows (default: %(default)s)")
     add("--save-drafter", type=Path, metavar="DIR", help="keep the drafter that training ended with")

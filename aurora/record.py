@@ -107,7 +107,7 @@ def _config(options: RecordOptions, scratch: Path) -> AuroraConfig:
             "run_dir": scratch,
             "vllm_args": (*options.vllm_args, "--no-enable-prefix-caching"),  # cached prompts have no features
             "speculation": {"fixed_k": 0, "drafters": ("eagle3",), "draft_vocab": 256},  # nothing is drafted
-            "capture": {"prompt_tokens": 1 << 30, "sink_mib": _SINK_MIB, "interval_s": _DRAIN_S},
+            "capture": {"prompt_tokens": 1 << 30, "codec": "bf16", "sink_mib": _SINK_MIB, "interval_s": _DRAIN_S},
         }
     )
 

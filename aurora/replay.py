@@ -22,6 +22,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from aurora.clockwork import Clockwork, Live, Outcome, PortfolioSpeculator, PromptLookup, Speculator, Training
+from aurora.codec import CODECS
 from aurora.config import AuroraConfig, UserError, load_config, require_positive, require_writable
 from aurora.goodput import StepTimeModel
 from aurora.options import trainer_settings
@@ -63,6 +64,7 @@ class ReplayOptions:
     k_max: int = 4
     fixed_k: int | None = None  # the same k for all instead of goodput
     train_share: float = 0.15
+    codec: str = "compact"  # of the traces that training learns from (`aurora.codec`)
     seed: int = 0
     seeds: int = 1  # replays with this many seeds, from `seed` on; more than one give confidence intervals
     json_file: Path | None = None
@@ -76,6 +78,8 @@ class ReplayOptions:
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
             raise UserError(f"--policy {self.policy}: no such policy; choose from {', '.join(POLICIES)}")
+        if self.codec not in CODECS:
+            raise UserError(f"--codec {self.codec}: no such codec; choose from {', '.join(CODECS)}")
         require_positive(self, "concurrency", "k_max", "limit", "seeds")
         require_writable("--json", self.json_file)
         require_writable("--results", self.results)
@@ -187,7 +191,7 @@ def _policy(
     from trainer.loop import TrainerLoop
 
     loop = TrainerLoop(config, model_dir, clock=lambda: speculator.now_s)
-    training = Training(loop, options.train_share, portfolio.controller.drafter_changed)
+    training = Training(loop, options.train_share, portfolio.controller.drafter_changed, options.codec)
     if options.policy in _LEARNING:
         speculator.training = training
     return speculator, training, _drafting(options, recording, loop, model_dir)

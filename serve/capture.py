@@ -1,7 +1,8 @@
 """Turns engine steps into `DraftTrace`s, inside the vLLM worker (seam: model runner V1, `sample_tokens` and `_sample`).
 
-`Capture.record` runs once a step between sampling and drafting. Rows are copied as bf16 in one piece a step; encoding
-waits until the traces are collected. The sink drops its oldest traces when full; the engine never waits.
+`Capture.record` runs once a step between sampling and drafting. Rows are copied as bf16 and encoded (`aurora.codec`) in
+one piece a step, so that the sink's bound counts what travels; packing waits until the traces are collected. The sink
+drops its oldest traces when full; the engine never waits.
 """
 
 import time
@@ -13,7 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from aurora.trace import TABLE_VERSION, DraftTrace
+from aurora.codec import CODECS
+from aurora.trace import TABLE_VERSION, DraftTrace, carried
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,6 +60,18 @@ class StepFact(NamedTuple):
     version: int  # drafter version that made the drafts
 
 
+class _Kept(NamedTuple):
+    """Rows of one request in a step's batch."""
+
+    request: int
+    first: int
+    end: int
+    position: int  # of the first row in the request's sequence
+
+
+_Span = tuple[int, int]  # first row, one past the last
+
+
 @dataclass(frozen=True)
 class Versions:
     """Who made the drafts of a step: the n-gram table those of `from_table`, one drafter version all others."""
@@ -78,9 +92,11 @@ def bf16_bits(rows: "Tensor") -> np.ndarray:
 class Capture:
     """Reads the model runner's state after each step."""
 
-    def __init__(self, runner: Any, sink: TraceSink | None, prompt_tokens: int, top_m: int) -> None:
+    def __init__(self, runner: Any, sink: TraceSink | None, prompt_tokens: int, top_m: int, codec: str) -> None:
+        """codec: a name in `aurora.codec.CODECS`."""
         self.runner = runner
         self.sink = sink
+        self.codec = codec
         self.prompt_tokens = prompt_tokens
         self.top_m = top_m
         self._step = 0
@@ -108,19 +124,14 @@ class Capture:
 
     def _emit(self, state: Any, sampled: list[list[int]], facts: list[StepFact], sink: TraceSink) -> None:
         batch = self.runner.input_batch
-        total = sum(fact.rows for fact in facts)
         keep = self._kept_rows(facts)
         if not keep:
             return
-        index = (
-            torch.cat([torch.arange(a, b) for _, a, b, _ in keep]) if len(keep) != len(facts) or _gaps(keep) else None
-        )
-        aux = bf16_bits(_rows(torch.cat([a[:total] for a in state.aux_hidden_states], dim=-1), index))
-        hidden = bf16_bits(_rows(state.hidden_states[:total], index))
-        ids = self.runner.input_ids.cpu[:total].numpy().astype(np.int32)
-        q, now, at = self._draft_q(state.spec_decode_metadata), time.time(), 0
-        for i, first, end, position in keep:
-            n, (_, k, emitted, version) = end - first, facts[i]
+        hidden, aux = self._states(state, keep, facts)
+        ids = self.runner.input_ids.cpu[: keep[-1].end].numpy().astype(np.int32)
+        q, now = self._draft_q(state.spec_decode_metadata), time.time()
+        for (i, first, end, position), last_state, taps in zip(keep, hidden, aux, strict=True):
+            _, k, emitted, version = facts[i]
             sink.put(
                 DraftTrace(
                     request_id=batch.req_ids[i],
@@ -135,18 +146,33 @@ class Capture:
                     draft_q=q[i][0] if q else np.ones(k, np.float32),
                     top_q_ids=q[i][1] if q else np.zeros((k, 0), np.int32),
                     top_q=q[i][2] if q else np.zeros((k, 0), np.float32),
-                    hidden=hidden[at : at + n],
-                    aux=aux[at : at + n],
+                    codec=self.codec,
+                    hidden=last_state,
+                    aux=taps,
                     drafter_version=version,
                     temperature=float(batch.temperature_cpu[i]),
                     top_p=float(batch.top_p_cpu[i]),
                     top_k=_top_k(int(batch.top_k_cpu[i]), batch.vocab_size),
                 )
             )
-            at += n
 
-    def _kept_rows(self, facts: list[StepFact]) -> list[tuple[int, int, int, int]]:
-        """(request index, first row, end row, position of the first row) without prompt rows that are too old."""
+    def _states(
+        self, state: Any, keep: list[_Kept], facts: list[StepFact]
+    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """The last hidden and the tapped states of each trace, encoded together."""
+        codec, prompts = CODECS[self.codec], self.runner.input_batch.num_prompt_tokens
+        last_rows, tap_rows = [], []
+        for i, first, end, position in keep:
+            rejected = facts[i].k - max(facts[i].emitted - 1, 0)
+            head, tail = carried(codec, end - first, position, int(prompts[i]), rejected)
+            last_rows.append((first + head, end))
+            tap_rows.append((first, first + tail))
+        hidden = codec.hidden.encode(bf16_bits(_rows(state.hidden_states, last_rows)))
+        aux = bf16_bits(torch.cat([_rows(tap, tap_rows) for tap in state.aux_hidden_states], dim=-1))
+        return _cut(hidden, last_rows), _cut(codec.encode_aux(aux), tap_rows)
+
+    def _kept_rows(self, facts: list[StepFact]) -> list[_Kept]:
+        """What becomes a trace: all rows but prompt rows that are too old."""
         batch = self.runner.input_batch
         keep, offset = [], 0
         for i, fact in enumerate(facts):
@@ -154,7 +180,7 @@ class Capture:
             oldest = int(batch.num_prompt_tokens[i]) - self.prompt_tokens
             skip = min(max(oldest - start, 0), n)
             if skip < n:
-                keep.append((i, offset + skip, offset + n, start + skip))
+                keep.append(_Kept(i, offset + skip, offset + n, start + skip))
             offset += n
         return keep
 
@@ -173,12 +199,14 @@ class Capture:
         ]
 
 
-def _rows(tensor: "Tensor", index: "Tensor | None") -> "Tensor":
-    return tensor if index is None else tensor[index.to(tensor.device)]
+def _rows(tensor: "Tensor", spans: list[_Span]) -> "Tensor":
+    if all(a[1] == b[0] for a, b in pairwise(spans)):
+        return tensor[spans[0][0] : spans[-1][1]]
+    return tensor[torch.cat([torch.arange(first, end) for first, end in spans]).to(tensor.device)]
 
 
-def _gaps(keep: list[tuple[int, int, int, int]]) -> bool:
-    return any(a[2] != b[1] for a, b in pairwise(keep)) or keep[0][1] != 0
+def _cut(rows: np.ndarray, spans: list[_Span]) -> list[np.ndarray]:
+    return np.split(rows, np.cumsum([end - first for first, end in spans])[:-1])
 
 
 def _top_k(value: int, vocab_size: int) -> int:

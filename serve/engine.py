@@ -79,6 +79,7 @@ async def install_seams(engine: RunningEngine, config: AuroraConfig) -> None:
         "sink_bytes": config.capture.sink_mib << 20 if config.captures else 0,
         "prompt_tokens": config.capture.prompt_tokens,
         "top_m": config.capture.top_m,
+        "codec": config.capture.codec,
         "store_dir": str(config.store_dir.resolve()),
         "version": engine.drafter.number,
         "gated_rates": [float(r) for r in engine.drafter.metadata.get("gated_rates") or []],

@@ -41,7 +41,7 @@ class AuroraWorker:
     def aurora_install(self, settings: dict[str, Any]) -> dict[str, str]:
         """Put the hooks in place and return what was found. Raises RuntimeError if this runner lacks the seams.
 
-        settings: sink_bytes (0: no capture), prompt_tokens, top_m, store_dir, version, gated_rates.
+        settings: sink_bytes (0: no capture), prompt_tokens, top_m, codec, store_dir, version, gated_rates.
         """
         runner = self.model_runner
         missing = [name for name in _RUNNER_SEAMS if not hasattr(runner, name)]
@@ -57,9 +57,8 @@ class AuroraWorker:
         self._stager = ThreadPoolExecutor(1, "aurora-stage")  # packing a drafter takes longer than a decode step
         self._staged: Future[Staged] | None = None
         sink = TraceSink(settings["sink_bytes"]) if settings["sink_bytes"] else None
-        self._hooks = RunnerHooks(
-            runner, Capture(runner, sink, settings["prompt_tokens"], settings["top_m"]), self._swap
-        )
+        capture = Capture(runner, sink, settings["prompt_tokens"], settings["top_m"], settings["codec"])
+        self._hooks = RunnerHooks(runner, capture, self._swap)
         self._hooks.install()
         return {"runner": type(runner).__name__, "drafter": type(drafter).__name__}
 

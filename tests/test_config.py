@@ -1,10 +1,12 @@
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 from pydantic import ValidationError
 
-from aurora.config import AuroraConfig, ConfigError, UserError, load_config
+from aurora.codec import CODECS
+from aurora.config import AuroraConfig, CaptureConfig, ConfigError, UserError, load_config
 
 
 def test_flags_override_the_file_which_overrides_defaults(tmp_path: Path) -> None:
@@ -13,6 +15,10 @@ def test_flags_override_the_file_which_overrides_defaults(tmp_path: Path) -> Non
     config = load_config(file, {"server.port": 9001, "model": None})
     assert (config.server.port, config.server.host, config.model) == (9001, "0.0.0.0", "some/model")
     assert config.speculation.k_max == AuroraConfig().speculation.k_max
+
+
+def test_the_codecs_to_choose_from_are_those_there_are() -> None:
+    assert set(get_args(CaptureConfig.model_fields["codec"].annotation)) == set(CODECS)
 
 
 def test_what_is_printed_loads_again(tmp_path: Path) -> None:

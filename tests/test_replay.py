@@ -219,6 +219,13 @@ def test_a_setting_reaches_the_trainer_and_a_wrong_one_is_named(recorded: Path):
         _options(recorded, "online_eagle3", settings=("trainer.seed",))
 
 
+@pytest.mark.parametrize("codec", ["bf16", "compact"])
+def test_training_learns_from_traces_in_the_codec_asked_for(recorded: Path, tmp_path: Path, codec: str):
+    result = _result(recorded, "online_eagle3", tmp_path, train_share=2.0, codec=codec)
+    assert result["options"]["codec"] == codec
+    assert result["training_core_s"] > 0
+
+
 def test_results_are_rows_that_say_what_they_compare_with(recorded: Path, tmp_path: Path):
     file = tmp_path / "results.json"
     for policy in ("static_eagle3", "ngram_table"):
@@ -273,6 +280,8 @@ def test_recovery_is_told_where_each_domain_is_one_leg():
 def test_bad_input_is_named(recorded: Path, tmp_path: Path):
     with pytest.raises(UserError, match="--policy guess: no such policy; choose from no_speculation"):
         _options(recorded, "guess")
+    with pytest.raises(UserError, match="--codec zip: no such codec; choose from bf16, int8, compact, tiny"):
+        _options(recorded, "online_eagle3", codec="zip")
     with pytest.raises(UserError, match="aurora record"):
         run(ReplayOptions(tmp_path, str(recorded / "order.jsonl"), "portfolio", recorded / "costs.json"))
     other = tmp_path / "other.jsonl"

@@ -4,11 +4,12 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
 from aurora.store import DrafterStore
-from aurora.trace import DraftTrace, encode_traces
+from aurora.trace import DraftTrace, encode_traces, pack_states
 from drafters import TargetWeights, load_drafter
 from tests.tiny import TinyServer, half_right, prompts, tiny_config
 from trainer.checkpoint import FILE
@@ -67,6 +68,31 @@ def test_it_trains_gates_publishes_and_saves(directory: Path, traffic: list, tmp
     clock.now = 22
     loop.work()
     assert (loop._learner.steps, loop.version) == (STEPS + 1, 2), "without new steps there is nothing to gate"
+
+
+@pytest.mark.parametrize("codec", ["int8", "compact"])
+def test_compact_traces_teach_the_same_rows(
+    directory: Path, traffic: list, tmp_path: Path, clock: Clock, codec: str
+) -> None:
+    loops = [make(directory, tmp_path / name, clock) for name in ("bf16", codec)]
+    loops[0].ingest(encode_traces(traffic))
+    assert loops[1].ingest(encode_traces([pack_states(trace, codec) for trace in traffic])) == len(traffic)
+    assert loops[0].status()["replay"] == loops[1].status()["replay"]
+    for _ in range(STEPS):
+        steps = [loop.train() for loop in loops]
+    assert steps[1].rejected_rows == steps[0].rejected_rows > 0
+    assert steps[1].loss == pytest.approx(steps[0].loss, rel=0.1)
+    assert loops[1].publish() is not None
+
+
+def test_a_payload_with_damaged_states_is_refused_whole(
+    directory: Path, traffic: list, tmp_path: Path, clock: Clock
+) -> None:
+    loop = make(directory, tmp_path, clock)
+    good = pack_states(traffic[0], "compact")
+    with pytest.raises(ValueError, match="contradict its"):
+        loop.ingest(encode_traces([good, msgspec.structs.replace(good, hidden=good.hidden[:0], aux=good.aux[:0])]))
+    assert loop.status()["replay"]["sequences"] == 0
 
 
 def test_whoever_sees_a_version_can_count_on_its_training(

@@ -16,7 +16,7 @@ from typing import Any
 
 from aurora.config import AuroraConfig
 from aurora.store import DrafterStore, DrafterVersion
-from aurora.trace import decode_traces
+from aurora.trace import decode_traces, unpack_states
 from drafters import TargetWeights, ensure_drafter, load_drafter, save_drafter
 from drafters.vocab import rechoose
 from trainer.buffer import Replay
@@ -102,7 +102,7 @@ class TrainerLoop:
 
     def ingest(self, payload: bytes) -> int:
         """Take the traces of one payload; returns their number. Raises ValueError for a damaged payload."""
-        traces = decode_traces(payload)
+        traces = list(unpack_states(decode_traces(payload), self._replay.hidden_size))
         with self._changed:
             before = self._replay.received
             for trace in traces:

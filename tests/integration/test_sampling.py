@@ -99,6 +99,7 @@ def _aurora(drafter: DrafterVersion, method: str, scheduler: str) -> dict[str, A
             "sink_bytes": 0,
             "prompt_tokens": 0,
             "top_m": 0,
+            "codec": "bf16",
             "store_dir": str(drafter.path.parent),
             "version": drafter.number,
             "gated_rates": [],
