@@ -30,6 +30,8 @@ from aurora.config import RLConfig
 from trainer.losses import reverse_kl, total_variation
 from trainer.rollout import Actions
 
+_LEAST_Q = 1e-6  # of a drafted token: rounding must not make its ratio infinite
+
 
 @dataclass(frozen=True, eq=False)
 class Policy:
@@ -86,7 +88,7 @@ def policy_gradient(
         alpha = 1.0 - total_variation(here.detach(), said)
         gained = discounted_return(taken.accepted[known], config.discount)
         advantage = gained - expected_return(alpha, taken.left[known], config.discount)
-        q = taken.q[known]
+        q = taken.q[known].clamp_min(_LEAST_Q)
         losses.append(clipped_surrogate(log_pi, q, advantage, config.clip) + config.anchor * reverse_kl(here, said))
         ratios.append(log_pi.detach().exp() / q)
     loss = torch.cat(losses)
