@@ -7,7 +7,7 @@ says.
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,7 +49,7 @@ class Live:
     request: "Recorded"
     depths: "np.ndarray | None"  # right neural drafts from each start; None: no neural drafter
     outcome: Outcome
-    domain: str  # what the controller and the tables are told
+    domain: str  # label that the portfolio is told; from its arrival on the domain that it is of
     known: int = 0  # tokens that were read or emitted; 0: the prompt has not been read
     drafts: list[int] = field(default_factory=list)
 
@@ -199,7 +199,7 @@ class PortfolioSpeculator(Speculator):
     def begin(self, live: Live) -> None:
         request = live.request
         prompt, answer = np.split(request.ids, [request.prompt_tokens])
-        self._portfolio.begin(live.name, "", live.domain, prompt.tolist(), len(answer))
+        live.domain = self._portfolio.begin(live.name, "", live.domain, prompt, len(answer))
 
     def plan(self, batch: Sequence[Live]) -> Plan:
         self._plan = self._portfolio.plan([live.view(self._k_max) for live in batch])
@@ -224,7 +224,7 @@ class PortfolioSpeculator(Speculator):
         self._portfolio.finish([live.name for live in finished])
         for live in finished:
             if self.training is not None:
-                self.training.learn_from(live.request)
+                self.training.learn_from(replace(live.request, domain=live.domain))
 
 
 class Training:

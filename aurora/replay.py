@@ -39,6 +39,7 @@ POLICIES = {
     "portfolio": "trained drafter and table, chosen by goodput",
 }
 _LEARNING = {"online_eagle3", "portfolio"}
+_DOMAINS = ("labels", "clusters", "none")
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,13 @@ class ReplayOptions:
     save_drafter: Path | None = None  # new directory for the drafter as trained in the end
     results: Path | None = None  # file of rows (`aurora.results`)
     experiment: str = "replay"  # name of these rows
-    domains: bool = True  # tell the controller and the tables each request's domain
+    domains: str = "labels"  # what sorts the requests: the data set's labels, clusters of their prompts, or nothing
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
             raise UserError(f"--policy {self.policy}: no such policy; choose from {', '.join(POLICIES)}")
+        if self.domains not in _DOMAINS:
+            raise UserError(f"--domains {self.domains}: choose from {', '.join(_DOMAINS)}")
         require_positive(self, "concurrency", "k_max", "limit")
         require_writable("--json", self.json_file)
         require_writable("--results", self.results)
@@ -91,7 +94,7 @@ def run(options: ReplayOptions) -> int:
         "no_speculation", Arrivals(options, recording, keys), Clockwork(costs, Speculator(), options.concurrency)
     )
     with tempfile.TemporaryDirectory(prefix="aurora-replay-") as scratch:
-        speculator, training, depths = _policy(options, recording, Path(scratch))
+        speculator, training, depths = policy_of(options, recording, Path(scratch))
         clockwork = Clockwork(costs, speculator, options.concurrency)
         outcomes = _replay(options.policy, Arrivals(options, recording, keys, depths), clockwork)
         if options.save_drafter is not None and training is not None:
@@ -136,7 +139,7 @@ def _order(options: ReplayOptions, recording: "Recording") -> list[str]:
 _Depths = Callable[["Recorded"], Any]  # right neural drafts from each start, [starts]
 
 
-def _policy(
+def policy_of(
     options: ReplayOptions, recording: "Recording", run_dir: Path
 ) -> tuple[Speculator, Training | None, _Depths | None]:
     """What drafts, what trains beside it, and how far the neural drafter is right on a request that arrives."""
@@ -167,6 +170,7 @@ def _config(options: ReplayOptions, recording: "Recording", run_dir: Path) -> Au
     drafters = {"ngram_table": ("ngram",), "portfolio": ("eagle3", "ngram")}.get(options.policy, ("eagle3",))
     speculation: dict[str, Any] = {"k_max": options.k_max, "drafters": drafters, "drafter": options.drafter}
     speculation |= {"draft_vocab": options.draft_vocab, "fixed_k": options.fixed_k}
+    speculation |= {"cluster_domains": options.domains == "clusters"}
     return AuroraConfig.model_validate(
         {
             "model": recording.manifest.model,
@@ -190,7 +194,7 @@ class Arrivals:
     def __iter__(self) -> Iterator[Live]:
         for number, key in enumerate(self.keys):
             request = self.recording.read(key)
-            told = request.domain if self.options.domains else ""
+            told = request.domain if self.options.domains == "labels" else ""
             right = self.depths(request) if self.depths is not None else None
             self.outcomes.append(Outcome(request.domain))
             yield Live(f"{number}", request, right, self.outcomes[-1], told)
