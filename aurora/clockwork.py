@@ -7,7 +7,7 @@ says.
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,7 +49,7 @@ class Live:
     request: "Recorded"
     drafted: "np.ndarray | None"  # neural drafts from each start (`greedy_drafts`); None: no neural drafter
     outcome: Outcome
-    domain: str  # what the controller and the tables are told
+    domain: str  # label that the portfolio is told; from its arrival on the domain that it is of
     version: int = TABLE_VERSION  # of the neural drafter
     known: int = 0  # tokens that were read or emitted; 0: the prompt has not been read
     drafts: list[int] = field(default_factory=list)
@@ -202,7 +202,7 @@ class PortfolioSpeculator(Speculator):
     def begin(self, live: Live) -> None:
         request = live.request
         prompt, answer = np.split(request.ids, [request.prompt_tokens])
-        self._portfolio.begin(live.name, "", live.domain, prompt.tolist(), len(answer))
+        live.domain = self._portfolio.begin(live.name, "", live.domain, prompt, len(answer))
 
     def plan(self, batch: Sequence[Live]) -> Plan:
         self._plan = self._portfolio.plan([live.view(self._k_max) for live in batch])
@@ -265,5 +265,6 @@ class Training:
 
     def learn_from(self, live: Live) -> None:
         """Take a served request in, with the neural drafts that were verified for it."""
-        traces = traces_of(live.request, _PROMPT_ROWS, live.verified)
+        request = replace(live.request, domain=live.domain)
+        traces = traces_of(request, _PROMPT_ROWS, live.verified)
         self.loop.ingest(encode_traces([pack_states(trace, self._codec) for trace in traces]))

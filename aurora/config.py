@@ -68,6 +68,7 @@ class SpeculationConfig(_Branch):
     )
     ngram_mib: int = Field(512, ge=1, description="bound of the n-gram tables over finished requests")
     isolate_tenants: bool = Field(True, description="never draft text from requests with another `cache_salt`")
+    cluster_domains: bool = Field(False, description="sort requests without a domain label by their prompts")
     drafter: Path | None = Field(None, description="drafter directory to start from; default: made from the target")
     draft_vocab: int = Field(8192, ge=256, description="tokens that the drafter can propose")
     sample_drafts: Literal["greedy", "probabilistic"] = "greedy"

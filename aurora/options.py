@@ -172,7 +172,7 @@ def add_traffic_options(parser: argparse.ArgumentParser) -> None:
     add("--temperature", type=float, default=0.0, metavar="T", help="default: %(default)s")
     add("--top-p", type=float, default=1.0, metavar="P", help="default: %(default)s")
     add("--seed", type=int, default=0, metavar="N", help="of the arrival times (default: %(default)s)")
-    add("--send-domain", action="store_true", help="label each request with the domain of its row, for Aurora's server")
+    add("--send-domain", action="store_true", help="label each request with its row's domain, in `metadata`")
     add("--timeout", type=float, default=600.0, metavar="S", help="of each request (default: %(default)s)")
     add("--json", dest="json_file", type=Path, metavar="FILE", help="write the result there too")
 
@@ -272,7 +272,12 @@ def add_replay_options(parser: argparse.ArgumentParser) -> None:
     add("--results", type=Path, metavar="FILE", help="put rows of results there")
     add("--experiment", default="replay", metavar="NAME", help="of these rows (default: %(default)s)")
     add("--save-drafter", type=Path, metavar="DIR", help="keep the drafter that training ended with")
-    add("--no-domains", dest="domains", action="store_false", help="tell nobody which domain a request is of")
+    add(
+        "--domains",
+        default="labels",
+        metavar="HOW",
+        help="what sorts requests: labels (the data set's), clusters (of their prompts) or none (default: %(default)s)",
+    )
     add("--seed", type=int, default=0, metavar="N", help="of training (default: %(default)s)")
     add("--seeds", type=int, default=1, metavar="N", help="replay with N seeds and give confidence intervals")
     _add_trainer_settings(add)

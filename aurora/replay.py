@@ -45,6 +45,7 @@ POLICIES = {
     "portfolio": "trained drafter and table, chosen by goodput",
 }
 _LEARNING = {"online_eagle3", "portfolio"}
+_DOMAINS = ("labels", "clusters", "none")
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class ReplayOptions:
     results: Path | None = None  # file of rows (`aurora.results`)
     experiment: str = "replay"  # name of these rows
     sample_drafts: str = "greedy"  # or "probabilistic": sampled from q, for texts that were sampled
-    domains: bool = True  # tell the controller and the tables each request's domain
+    domains: str = "labels"  # what sorts the requests: the data set's labels, clusters of their prompts, or nothing
     settings: tuple[str, ...] = ()  # trainer.KEY=VALUE: how to train
 
     def __post_init__(self) -> None:
@@ -80,6 +81,8 @@ class ReplayOptions:
             raise UserError(f"--policy {self.policy}: no such policy; choose from {', '.join(POLICIES)}")
         if self.codec not in CODECS:
             raise UserError(f"--codec {self.codec}: no such codec; choose from {', '.join(CODECS)}")
+        if self.domains not in _DOMAINS:
+            raise UserError(f"--domains {self.domains}: choose from {', '.join(_DOMAINS)}")
         require_positive(self, "concurrency", "k_max", "limit", "seeds")
         require_writable("--json", self.json_file)
         require_writable("--results", self.results)
@@ -140,7 +143,7 @@ class _Trial:
 
 def _trial(options: ReplayOptions, recording: "Recording", keys: list[str], costs: StepTimeModel) -> _Trial:
     with tempfile.TemporaryDirectory(prefix="aurora-replay-") as scratch:
-        speculator, training, draft = _policy(options, recording, Path(scratch))
+        speculator, training, draft = policy_of(options, recording, Path(scratch))
         clockwork = Clockwork(costs, speculator, options.concurrency)
         outcomes = _replay(options.policy, Arrivals(options, recording, keys, draft), clockwork)
         if options.save_drafter is not None and training is not None:
@@ -171,7 +174,7 @@ def _order(options: ReplayOptions, recording: "Recording") -> list[str]:
 _Draft = Callable[["Recorded"], Any]  # neural drafts from each start, [starts, k], and the version that drew them
 
 
-def _policy(
+def policy_of(
     options: ReplayOptions, recording: "Recording", run_dir: Path
 ) -> tuple[Speculator, Training | None, _Draft | None]:
     """What drafts, what trains beside it, and what the neural drafter drafts along a request that arrives."""
@@ -226,6 +229,7 @@ def _config(options: ReplayOptions, recording: "Recording", run_dir: Path) -> Au
     drafters = {"ngram_table": ("ngram",), "portfolio": ("eagle3", "ngram")}.get(options.policy, ("eagle3",))
     speculation: dict[str, Any] = {"k_max": options.k_max, "drafters": drafters, "drafter": options.drafter}
     speculation |= {"draft_vocab": options.draft_vocab, "fixed_k": options.fixed_k}
+    speculation |= {"cluster_domains": options.domains == "clusters"}
     overrides: dict[str, Any] = {"model": recording.manifest.model, "run_dir": run_dir, "trainer.seed": options.seed}
     overrides |= {f"speculation.{name}": value for name, value in speculation.items()}
     return load_config(None, overrides | trainer_settings(options.settings))
@@ -244,7 +248,7 @@ class Arrivals:
     def __iter__(self) -> Iterator[Live]:
         for number, key in enumerate(self.keys):
             request = self.recording.read(key)
-            told = request.domain if self.options.domains else ""
+            told = request.domain if self.options.domains == "labels" else ""
             drafted, version = self.draft(request) if self.draft is not None else (None, TABLE_VERSION)
             self.outcomes.append(Outcome(request.domain))
             yield Live(f"{number}", request, drafted, self.outcomes[-1], told, version)

@@ -32,7 +32,7 @@ class Sender:
     ) -> None:
         """fields: model and sampling parameters of every request. timeout_s: from sending to the end of the answer.
 
-        send_domain: label requests with their conversation's domain, as Aurora's server understands it.
+        send_domain: label requests with their conversation's domain, in `metadata`.
         """
         self.client = client
         self._send_domain = send_domain
@@ -65,7 +65,7 @@ class Sender:
         return Record(time.monotonic() - start, error=error), ""
 
     async def _stream(self, messages: list[dict[str, str]], domain: str, start: float) -> tuple[Record, str]:
-        label = {"extra_body": {"vllm_xargs": {"domain": domain}}} if domain else {}
+        label = {"metadata": {"domain": domain}} if domain else {}
         stream: Any = await self.client.chat.completions.create(
             messages=messages, stream=True, stream_options={"include_usage": True}, **self._fields, **label
         )  # type: ignore[call-overload]

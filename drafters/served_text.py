@@ -49,7 +49,7 @@ class ServedText:
         """Size of the shared tables, once they are full."""
         return sum(table.nbytes for table in self._shared.values())
 
-    def begin(self, request_id: str, group: Group, prompt: Sequence[int], room: int) -> None:
+    def begin(self, request_id: str, group: Group, prompt: Sequence[int] | Tokens, room: int) -> None:
         """Follow a request whose answer has at most `room` tokens."""
         text = np.empty(len(prompt) + room, np.int32)
         text[: len(prompt)] = prompt

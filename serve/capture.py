@@ -7,6 +7,7 @@ drops its oldest traces when full; the engine never waits.
 
 import time
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -100,6 +101,12 @@ class Capture:
         self.prompt_tokens = prompt_tokens
         self.top_m = top_m
         self._step = 0
+        self._domains: dict[str, str] = {}
+
+    def begin(self, domains: Mapping[str, str]) -> None:
+        """The domains of requests that are new; those that the runner no longer knows are forgotten."""
+        if domains:
+            self._domains = {r: d for r, d in self._domains.items() if r in self.runner.requests} | dict(domains)
 
     def record(self, state: Any, sampled: "Tensor", versions: Versions) -> list[StepFact]:
         """Make this step's traces; returns what each request did, in batch order.
@@ -153,6 +160,7 @@ class Capture:
                     temperature=float(batch.temperature_cpu[i]),
                     top_p=float(batch.top_p_cpu[i]),
                     top_k=_top_k(int(batch.top_k_cpu[i]), batch.vocab_size),
+                    domain=self._domains.get(batch.req_ids[i], ""),
                 )
             )
 

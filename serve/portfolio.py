@@ -8,13 +8,14 @@ Order of calls in a step: `begin` for requests that are new, `plan` before it ru
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from aurora.config import SpeculationConfig
 from aurora.controller import Draft, Offer, Plan, RequestView, SpeculationController
 from aurora.goodput import NEURAL, TABLE
-from drafters.ngram import NO_PROPOSAL, Proposal
+from drafters.ngram import NO_PROPOSAL, Proposal, Tokens
 from drafters.served_text import ServedText
-
-_MAX_DOMAINS = 64  # labels come from users: those beyond share the statistics of unlabelled requests
+from serve.domains import Domains
 
 
 @dataclass(frozen=True)
@@ -48,19 +49,28 @@ class Portfolio:
         self._drafts: dict[str, Drafts] = {}  # of the step at hand
         self._plan = Plan(0, skip_drafter=True)
         self._neural_drafts = self._right_first = 0
-        self._domains = {""}
+        self._domains = Domains(cluster=config.cluster_domains)
+        self._domain_of: dict[str, str] = {}
 
-    def domain(self, label: str) -> str:
-        """The domain that a request of this label belongs to."""
-        if label in self._domains or len(self._domains) < _MAX_DOMAINS:
-            self._domains.add(label)
-            return label
-        return ""
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._domain_of
 
-    def begin(self, request_id: str, tenant: str, domain: str, prompt: Sequence[int], room: int) -> None:
-        """A request whose answer has at most `room` tokens; one that is known already is left alone."""
-        if self._text is not None and request_id not in self._text:
-            self._text.begin(request_id, (tenant if self._isolate else "", domain), prompt, room)
+    def begin(self, request_id: str, tenant: str, label: str, prompt: Sequence[int] | Tokens, room: int) -> str:
+        """Follow a new request whose answer has at most `room` tokens; returns the domain that it is of.
+
+        label: the domain that its user named, or "". Labels keep tables and statistics apart, clusters statistics only:
+        a cluster's table is too often empty where that of all unlabelled requests knows how to go on.
+        """
+        tokens = np.fromiter(prompt, np.int32, len(prompt))
+        domain = self._domain_of[request_id] = self._domains.of(label, tokens)
+        if self._text is not None:
+            group = (tenant if self._isolate else "", domain if label else "")
+            self._text.begin(request_id, group, tokens, room)
+        return domain
+
+    def domain_of(self, request_id: str) -> str:
+        """The domain of a followed request."""
+        return self._domain_of[request_id]
 
     def plan(self, batch: list[RequestView]) -> Plan:
         """What the neural drafter does at the end of the step that is about to run."""
@@ -115,6 +125,7 @@ class Portfolio:
         for request_id in request_ids:
             self.controller.finish([request_id])
             self._drafts.pop(request_id, None)
+            self._domain_of.pop(request_id, None)
             if self._text is not None and request_id in self._text:
                 self._text.finish(request_id)
 

@@ -8,7 +8,7 @@ between the two anyway.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,7 @@ class StepNotes:
     step_costs: dict[str, float]  # seconds of each part of a step
     drafts_version: int  # drafter version that made the neural drafts of the previous step
     first_drafts: tuple[int, int]  # of them: how many there were, and how many had the right first token
+    began: dict[str, str]  # requests whose first step this is -> domain; not those of the domain ""
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class AuroraScheduler(Scheduler):
         self._expected = 0.0  # tokens that the running step should emit
         self._last = (0.0, 0.0, 0.0)  # the last step: predicted seconds and tokens, measured seconds
         self._version: int | None = None
+        self._began: dict[str, str] = {}  # as in `StepNotes`, of the step at hand
 
     def schedule(self, throttle_prefills: bool = False) -> "SchedulerOutput":
         output = super().schedule(throttle_prefills)
@@ -72,6 +74,7 @@ class AuroraScheduler(Scheduler):
         if not output.total_num_scheduled_tokens:
             return output
         self._expected = self.controller.expected_tokens
+        self._begin(output.num_scheduled_tokens)
         self._plan = self.portfolio.plan([self._view(r, output) for r in output.num_scheduled_tokens])
         output.num_spec_tokens_to_schedule = self._plan.cap
         self._work = self._work_of(output)
@@ -109,18 +112,28 @@ class AuroraScheduler(Scheduler):
         request = self.requests.get(request_id)
         return request is not None and not request.is_finished() and not request.is_prefill_chunk
 
+    def _begin(self, request_ids: Iterable[str]) -> None:
+        """Let the portfolio follow the requests that are new in this step."""
+        self._began = {}
+        for request_id in request_ids:
+            if request_id in self.portfolio:
+                continue
+            request = self.requests[request_id]
+            extra = (request.sampling_params.extra_args or {}) if request.sampling_params else {}
+            label, tenant = str(extra.get("domain", "")), request.cache_salt or ""
+            domain = self.portfolio.begin(request_id, tenant, label, request.all_token_ids, request.max_tokens)
+            if domain:
+                self._began[request_id] = domain
+
     def _view(self, request_id: str, output: "SchedulerOutput") -> RequestView:
         request = self.requests[request_id]
-        extra = (request.sampling_params.extra_args or {}) if request.sampling_params else {}
-        domain = self.portfolio.domain(str(extra.get("domain", "")))
-        self.portfolio.begin(request_id, request.cache_salt or "", domain, request.all_token_ids, request.max_tokens)
         return RequestView(
             request_id=request_id,
             context_tokens=request.num_tokens,
             drafting=not request.is_prefill_chunk,
             limit=self._limit(request, emitting=2),
             prefill_tokens=0 if self._decodes(request_id, output) else output.num_scheduled_tokens[request_id],
-            domain=domain,
+            domain=self.portfolio.domain_of(request_id),
         )
 
     def _limit(self, request: "Request", emitting: int) -> int:
@@ -160,6 +173,7 @@ class AuroraScheduler(Scheduler):
             step_costs=self.controller.step_time.costs,
             drafts_version=self._version or 0,
             first_drafts=self.portfolio.take_first_drafts(),
+            began=self._began,
         )
 
     def _observe_time(self, work: StepWork, seconds: float) -> None:

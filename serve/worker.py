@@ -125,6 +125,8 @@ class RunnerHooks:
         self._state, self._drafted = self.runner.execute_model_state, False
         self._notes = getattr(self._state.scheduler_output, NOTES, None) if self._state is not None else None
         self._from_table = self._notes.from_table if self._notes is not None else frozenset()
+        if self._notes is not None:
+            self.capture.begin(self._notes.began)
         try:
             return self._original["sample_tokens"](grammar_output)
         finally:

@@ -106,12 +106,22 @@ def test_finished_requests_leave_only_their_answer():
     assert portfolio._drafts == {}
     assert portfolio.controller._known == set()
     assert _table_drafts(portfolio, [50]) == [51, 52]
+    assert "a" not in portfolio
 
 
-def test_labels_without_end_do_not_take_memory_without_end():
+def test_a_request_keeps_the_domain_that_it_began_with():
     portfolio = _portfolio()
-    assert portfolio.domain("sql") == "sql"
-    kept = {portfolio.domain(f"label {i}") for i in range(1000)}
-    assert len(kept) < 100
-    assert portfolio.domain("label 999") == ""
-    assert portfolio.domain("sql") == "sql"
+    assert portfolio.begin("a", "", "sql", [1, 2], 8) == "sql"
+    assert "a" in portfolio
+    assert portfolio.domain_of("a") == "sql"
+
+
+def test_clusters_of_prompts_are_domains_unless_that_is_switched_off():
+    for switched_on in (True, False):
+        portfolio = _portfolio(cluster_domains=switched_on)
+        domains = []
+        for i in range(30):
+            prompt = [i, *range(1000, 1040), i]
+            domains.append(portfolio.begin(f"{i}", f"tenant {i % 2}", "", prompt, 4))
+            portfolio.finish([f"{i}"])
+        assert domains[-1].startswith("cluster-") == switched_on

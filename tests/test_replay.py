@@ -14,7 +14,7 @@ from aurora.clockwork import Clockwork, Live, Outcome, PromptLookup, Speculator,
 from aurora.config import UserError
 from aurora.goodput import COSTS, StepTimeModel
 from aurora.prompts import Conversation
-from aurora.replay import ReplayOptions, run
+from aurora.replay import Arrivals, ReplayOptions, policy_of, read_costs, run
 from aurora.replay_result import Cell, half_widths, mean_cells, recovery, requests_to_recover
 from aurora.results import read_rows
 from aurora.trace import DraftTrace, decode_traces
@@ -169,6 +169,23 @@ def test_what_was_served_before_is_drafted_well(recorded: Path, tmp_path: Path):
     assert sum(r["accepted"] for r in result["requests"][4:]) > 0.6 * 23 * 8
 
 
+def _told(recorded: Path, domains: str) -> list[str]:
+    """The domain that each request was of, in the order in which they were done."""
+    options = _options(recorded, "ngram_table", domains=domains)
+    recording = Recording(options.recording)
+    arrivals = Arrivals(options, recording, [request_key(turns, 0) for turns in TURNS] * 3)
+    speculator = policy_of(options, recording, recorded)[0]
+    return [live.domain for live in Clockwork(read_costs(options.costs), speculator, 1).run(arrivals)]
+
+
+def test_requests_are_sorted_by_labels_by_clusters_or_not_at_all(recorded: Path):
+    assert set(_told(recorded, "labels")) == {"d0", "d1"}
+    assert set(_told(recorded, "none")) == {""}
+    clusters = _told(recorded, "clusters")
+    assert clusters[0] == ""
+    assert clusters[-1].startswith("cluster-")
+
+
 def test_online_training_gets_its_share_and_its_drafter_can_be_kept(recorded: Path, tmp_path: Path):
     kept = tmp_path / "trained"
     online = _result(recorded, "online_eagle3", tmp_path, train_share=2.0, save_drafter=kept)
@@ -282,6 +299,8 @@ def test_bad_input_is_named(recorded: Path, tmp_path: Path):
         _options(recorded, "guess")
     with pytest.raises(UserError, match="--codec zip: no such codec; choose from bf16, int8, compact, tiny"):
         _options(recorded, "online_eagle3", codec="zip")
+    with pytest.raises(UserError, match="--domains guess: choose from labels, clusters, none"):
+        _options(recorded, "portfolio", domains="guess")
     with pytest.raises(UserError, match="aurora record"):
         run(ReplayOptions(tmp_path, str(recorded / "order.jsonl"), "portfolio", recorded / "costs.json"))
     other = tmp_path / "other.jsonl"

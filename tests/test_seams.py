@@ -17,8 +17,9 @@ def test_the_model_runner_has_the_wrapped_methods() -> None:
 
 
 def test_the_runners_state_carries_what_capture_reads() -> None:
-    from vllm.v1.worker.gpu_model_runner import ExecuteModelState
+    from vllm.v1.worker.gpu_model_runner import ExecuteModelState, GPUModelRunner
 
+    assert "self.requests:" in inspect.getsource(GPUModelRunner.__init__), "serve/capture.py forgets domains by it"
     needed = {"scheduler_output", "spec_decode_metadata", "hidden_states", "aux_hidden_states"}
     assert needed <= set(ExecuteModelState._fields), "serve/capture.py reads these"
 

@@ -164,7 +164,7 @@ def test_domains_are_sent_where_asked_for(endpoint, send):
     for asked, expected in ((True, [{"domain": "sql"}, None]), (False, [None, None])):
         endpoint.bodies.clear()
         send(rows, concurrency=1, send_domain=asked)
-        assert [body.get("vllm_xargs") for body in endpoint.bodies] == expected
+        assert [body.get("metadata") for body in endpoint.bodies] == expected
 
 
 def test_concurrency_is_reached_and_not_exceeded(endpoint, send):

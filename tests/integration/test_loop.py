@@ -88,6 +88,8 @@ def test_requests_of_every_kind_work_under_speculation(learning: ServedModel) ->
         {"stop": ["zz"]},
         {"temperature": 0.8, "seed": 3, "top_p": 0.9, "top_k": 20},
         {"n": 2, "temperature": 1.0},
+        {"metadata": {"domain": "sql"}},
+        {"vllm_xargs": {"domain": "sql"}},
         {"max_tokens": 1},
         {"max_tokens": 450},
     ]
