@@ -70,6 +70,7 @@ class SpeculationConfig(_Branch):
     isolate_tenants: bool = Field(True, description="never draft text from requests with another `cache_salt`")
     drafter: Path | None = Field(None, description="drafter directory to start from; default: made from the target")
     draft_vocab: int = Field(8192, ge=256, description="tokens that the drafter can propose")
+    draft_layers: int = Field(2, ge=1, description="layers of the draft model, taken from the target at first")
     sample_drafts: Literal["greedy", "probabilistic"] = "greedy"
     exploration: float = Field(0.02, ge=0, le=0.5, description="share of the engine's steps lost to exploring")
 
