@@ -6,7 +6,7 @@ says.
 
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from aurora.controller import Plan, RequestView
+from aurora.controller import Plan, RequestView, SpeculationController
 from aurora.goodput import StepTimeModel, StepWork
 from aurora.trace import encode_traces
 
@@ -50,6 +50,7 @@ class Live:
     depths: "np.ndarray | None"  # right neural drafts from each start; None: no neural drafter
     outcome: Outcome
     domain: str  # what the controller and the tables are told
+    model_depths: "np.ndarray | None" = None  # the same of the draft model
     known: int = 0  # tokens that were read or emitted; 0: the prompt has not been read
     drafts: list[int] = field(default_factory=list)
 
@@ -57,12 +58,12 @@ class Live:
     def done(self) -> bool:
         return self.known == len(self.request.ids)
 
-    def neural(self, cap: int) -> list[int]:
-        """What the neural drafter drafts now: right tokens as far as it is right, then a wrong one."""
-        if self.depths is None or not cap:
+    def drafted(self, depths: "np.ndarray | None", cap: int) -> list[int]:
+        """What the drafter of `depths` drafts now: right tokens as far as it is right, then a wrong one."""
+        if depths is None or not cap:
             return []
         start = self.known - 2 - self.request.first_start
-        right = int(self.depths[start]) if start < len(self.depths) else 0
+        right = int(depths[start]) if start < len(depths) else 0
         return [*self.request.ids[self.known : self.known + right].tolist(), _WRONG][:cap]
 
     def view(self, k_max: int) -> RequestView:
@@ -123,6 +124,9 @@ class Clockwork:
             context_tokens=sum(max(live.known, live.request.prompt_tokens) for live in self._batch),
             draft_first=int(not plan.skip_drafter),
             draft_more=max(plan.cap - 1, 0),
+            model_first=int(plan.model_cap > 0),
+            model_read=plan.model_read,
+            model_more=max(plan.model_cap - 1, 0),
         )
 
 
@@ -215,8 +219,11 @@ class PortfolioSpeculator(Speculator):
             self.training.advance(seconds)
 
     def settle(self, batch: Sequence[Live]) -> None:
-        neural = {live.name: live.neural(self._plan.cap) for live in batch}
-        drafts = self._portfolio.settle(neural, {live.name: live.view(self._k_max).limit for live in batch})
+        neural = {live.name: live.drafted(live.depths, self._plan.cap) for live in batch}
+        limits = {live.name: live.view(self._k_max).limit for live in batch}
+        asked = [live for live in batch if live.name in self._plan.model_for]
+        model = {live.name: live.drafted(live.model_depths, self._plan.model_cap) for live in asked}
+        drafts = self._portfolio.settle(neural, limits, model)
         for live in batch:
             live.drafts = drafts[live.name].tokens
 
@@ -230,18 +237,19 @@ class PortfolioSpeculator(Speculator):
 class Training:
     """The trainer beside a replay: it gets `share` core-seconds of work for each modelled second."""
 
-    def __init__(self, loop: "TrainerLoop", share: float, changed: Callable[[list[float]], None]) -> None:
-        """changed: told the gated rates of each version that becomes live."""
+    def __init__(self, loop: "TrainerLoop", share: float, controller: SpeculationController) -> None:
+        """`controller` is told of each version that becomes live."""
         self.loop = loop
         self.spent_s = 0.0
         self._share = share
         self._credit_s = 0.0
-        self._changed = changed
+        self._controller = controller
 
     def advance(self, seconds: float) -> None:
         """`seconds` of modelled time have passed."""
         self._credit_s += self._share * seconds
-        version = self.loop.version
+        draft_model, controller = self.loop.draft_model, self._controller
+        version, model_version = self.loop.version, draft_model.version if draft_model is not None else 0
         while self._credit_s > 0:
             began = time.process_time()
             idle = not self.loop.work()
@@ -249,7 +257,9 @@ class Training:
             self.spent_s += took
             self._credit_s = 0.0 if idle else self._credit_s - took  # spare time does not keep
         if self.loop.version != version:
-            self._changed(self.loop.gated_rates)
+            controller.drafter_changed(self.loop.gated_rates)
+        if draft_model is not None and draft_model.version != model_version:
+            controller.model_changed(draft_model.gated_rates)
 
     def save(self, directory: Path) -> None:
         """Copy the live version into a new directory."""

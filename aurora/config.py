@@ -63,8 +63,10 @@ class SpeculationConfig(_Branch):
     enabled: bool = True
     k_max: int = Field(4, ge=1, le=16, description="longest draft; the engine reserves KV slots for it")
     fixed_k: int | None = Field(None, ge=0, le=16, description="same k for every request instead of the goodput rule")
-    drafters: tuple[Literal["eagle3", "ngram"], ...] = Field(
-        ("eagle3", "ngram"), min_length=1, description="what drafts: the neural drafter, the table of served text"
+    drafters: tuple[Literal["eagle3", "ngram", "model"], ...] = Field(
+        ("eagle3", "ngram"),
+        min_length=1,
+        description="what drafts: the neural drafter, the table of served text, a small draft model",
     )
     ngram_mib: int = Field(512, ge=1, description="bound of the n-gram tables over finished requests")
     isolate_tenants: bool = Field(True, description="never draft text from requests with another `cache_salt`")
@@ -106,6 +108,9 @@ class TrainerConfig(_Branch):
     replay_mib: int = Field(1024, ge=8, description="bound of the replay; the oldest sequences leave first")
     max_staleness: int = Field(8, ge=0, description="versions after which drafts no longer count as on-policy")
     holdout: float = Field(0.1, gt=0, lt=0.5, description="share of requests kept out of training for the gate")
+    draft_model_share: float = Field(
+        0.5, gt=0, lt=1, description="share of training time that the draft model gets beside the neural drafter"
+    )
     publish_interval_s: float = Field(60, gt=0)
     gate_sequences: int = Field(16, ge=1, description="newest held-out requests on which a candidate is judged")
     gate_margin: float = Field(0.0, description="acceptance length that a candidate must gain over the live drafter")
@@ -149,12 +154,16 @@ class AuroraConfig(_Branch):
 
     @property
     def learning(self) -> bool:
-        """Whether a trainer runs: there is nothing to teach without a neural drafter."""
-        return self.trainer.enabled and self.speculation.enabled and "eagle3" in self.speculation.drafters
+        """Whether a trainer runs: there is nothing to teach a table."""
+        return self.trainer.enabled and self.speculation.enabled and set(self.speculation.drafters) != {"ngram"}
 
     @property
     def store_dir(self) -> Path:
         return self.run_dir / "drafters"
+
+    @property
+    def draft_model_dir(self) -> Path:
+        return self.run_dir / "draft_models"
 
 
 def load_config(file: Path | None, overrides: dict[str, Any]) -> AuroraConfig:

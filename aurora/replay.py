@@ -12,6 +12,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +21,14 @@ from rich.progress import Progress
 from rich.table import Table
 
 from aurora.clockwork import Clockwork, Live, Outcome, PortfolioSpeculator, PromptLookup, Speculator, Training
-from aurora.config import AuroraConfig, UserError, require_positive, require_writable
-from aurora.goodput import StepTimeModel
+from aurora.config import AuroraConfig, SpeculationConfig, UserError, require_positive, require_writable
+from aurora.goodput import MODEL_COSTS, StepTimeModel
 from aurora.prompts import read_prompts
 from aurora.replay_result import Cell, recovery, rows, summarise
 from aurora.results import read_rows, write_rows
 
 if TYPE_CHECKING:
+    from trainer.loop import TrainerLoop
     from trainer.recording import Recording
     from trainer.sequence import Sequence as Recorded
 
@@ -36,9 +38,11 @@ POLICIES = {
     "static_eagle3": "the drafter given, never trained, k by goodput",
     "online_eagle3": "the drafter given, trained on what is served",
     "ngram_table": "the table over own and served text, k by goodput",
-    "portfolio": "trained drafter and table, chosen by goodput",
+    "online_draft_model": "a small draft model made of the target's layers, trained on what is served",
+    "portfolio": "the drafters of --drafters, trained, chosen by goodput",
 }
-_LEARNING = {"online_eagle3", "portfolio"}
+_LEARNING = {"online_eagle3", "online_draft_model", "portfolio"}
+_DRAFTERS = {"ngram_table": ("ngram",), "online_draft_model": ("model",)}
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,8 @@ class ReplayOptions:
     limit: int | None = None
     drafter: Path | None = None  # None: made from the target
     draft_vocab: int = 8192
+    draft_layers: int = 2  # of the draft model
+    drafters: tuple[str, ...] = ("eagle3", "ngram")  # of the policy `portfolio`
     concurrency: int = 4
     k_max: int = 4
     fixed_k: int | None = None  # the same k for all instead of goodput
@@ -75,6 +81,9 @@ class ReplayOptions:
             raise UserError(f"--save-drafter: {self.policy} trains none; choose from {', '.join(sorted(_LEARNING))}")
         if self.save_drafter is not None and self.save_drafter.exists():
             raise UserError(f"--save-drafter {self.save_drafter}: it exists; give a new directory")
+        unknown = sorted(set(self.drafters) - {"eagle3", "ngram", "model"})
+        if unknown or not self.drafters:
+            raise UserError(f"--drafters {','.join(self.drafters)}: choose from eagle3, ngram, model")
         if not 0 <= self.train_share <= 8:
             raise UserError(f"--train-share {self.train_share}: must be between 0 and 8 core-seconds a second")
 
@@ -84,7 +93,7 @@ def run(options: ReplayOptions) -> int:
     from trainer.recording import Recording
 
     recording = Recording(options.recording.expanduser())
-    costs = read_costs(options.costs)
+    costs = read_costs(options.costs, "model" in _drafters(options))
     known = read_rows(options.results) if options.results is not None else []
     keys = _order(options, recording)
     plain = _replay(
@@ -113,12 +122,24 @@ def run(options: ReplayOptions) -> int:
     return 0
 
 
-def read_costs(file: Path) -> StepTimeModel:
-    """The step-time model that `aurora bench --json` measured. Raises UserError for a file that has none."""
+def read_costs(file: Path, draft_model: bool = False) -> StepTimeModel:
+    """The step-time model that `aurora bench --json` measured; `draft_model`: those of the draft model are needed.
+
+    Raises UserError for a file that lacks them.
+    """
     try:
-        return StepTimeModel.known(json.loads(file.read_text())["step_costs"])
+        costs = json.loads(file.read_text())["step_costs"]
+        model = StepTimeModel.known(costs)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--costs {file}: {error!r}; give a file that `aurora bench --json` wrote") from error
+    missing = [name for name in MODEL_COSTS if name not in costs]
+    if draft_model and missing:
+        raise UserError(f"--costs {file}: no cost of {missing[0]}; measure with a server that has the draft model")
+    return model
+
+
+def _drafters(options: ReplayOptions) -> tuple[str, ...]:
+    return options.drafters if options.policy == "portfolio" else _DRAFTERS.get(options.policy, ("eagle3",))
 
 
 def _order(options: ReplayOptions, recording: "Recording") -> list[str]:
@@ -133,7 +154,7 @@ def _order(options: ReplayOptions, recording: "Recording") -> list[str]:
     return present[: options.limit]
 
 
-_Depths = Callable[["Recorded"], Any]  # right neural drafts from each start, [starts]
+_Depths = Callable[["Recorded"], tuple[Any, Any]]  # right drafts from each start, [starts]: neural, draft model's
 
 
 def _policy(
@@ -146,27 +167,35 @@ def _policy(
         return PromptLookup(), None, None
     from aurora.default_model import model_directory, resolve_model
     from serve.portfolio import Portfolio
-    from trainer.verify import right_drafts
 
     config = _config(options, recording, run_dir)
     portfolio = Portfolio(config.speculation, options.k_max)
-    if options.policy == "ngram_table":
+    if set(config.speculation.drafters) == {"ngram"}:
         return PortfolioSpeculator(portfolio, options.k_max), None, None
     model_dir = model_directory(resolve_model(config.model, config.cache_dir))
     speculator = PortfolioSpeculator(portfolio, options.k_max)
     from trainer.loop import TrainerLoop
 
     loop = TrainerLoop(config, model_dir, clock=lambda: speculator.now_s)
-    training = Training(loop, options.train_share, portfolio.controller.drafter_changed)
+    training = Training(loop, options.train_share, portfolio.controller)
     if options.policy in _LEARNING:
         speculator.training = training
-    return speculator, training, lambda request: right_drafts(loop.live, request, options.k_max)
+    return speculator, training, partial(_right_drafts, loop, config.speculation)
+
+
+def _right_drafts(loop: "TrainerLoop", speculation: SpeculationConfig, request: "Recorded") -> tuple[Any, Any]:
+    from trainer.text import right_text
+    from trainer.verify import right_drafts
+
+    neural = right_drafts(loop.live, request, speculation.k_max) if "eagle3" in speculation.drafters else None
+    second = loop.draft_model
+    return neural, right_text(second.live, request, speculation.k_max) if second is not None else None
 
 
 def _config(options: ReplayOptions, recording: "Recording", run_dir: Path) -> AuroraConfig:
-    drafters = {"ngram_table": ("ngram",), "portfolio": ("eagle3", "ngram")}.get(options.policy, ("eagle3",))
-    speculation: dict[str, Any] = {"k_max": options.k_max, "drafters": drafters, "drafter": options.drafter}
+    speculation: dict[str, Any] = {"k_max": options.k_max, "drafters": _drafters(options), "drafter": options.drafter}
     speculation |= {"draft_vocab": options.draft_vocab, "fixed_k": options.fixed_k}
+    speculation["draft_layers"] = options.draft_layers
     return AuroraConfig.model_validate(
         {
             "model": recording.manifest.model,
@@ -191,9 +220,9 @@ class Arrivals:
         for number, key in enumerate(self.keys):
             request = self.recording.read(key)
             told = request.domain if self.options.domains else ""
-            right = self.depths(request) if self.depths is not None else None
+            neural, model = self.depths(request) if self.depths is not None else (None, None)
             self.outcomes.append(Outcome(request.domain))
-            yield Live(f"{number}", request, right, self.outcomes[-1], told)
+            yield Live(f"{number}", request, neural, self.outcomes[-1], told, model)
 
 
 def _replay(name: str, arrivals: Arrivals, clockwork: Clockwork) -> list[Outcome]:

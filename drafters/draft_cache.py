@@ -5,7 +5,7 @@ request's text: from the first difference on the cache is cut off (drafts that t
 computed again), then what is missing is read, for all requests in one pass.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -91,10 +91,9 @@ class IncrementalDrafter:
         by_request = np.stack(drafts, axis=1).tolist()
         return Drafted(dict(zip(texts, by_request, strict=True)), read)
 
-    def forget(self, request_ids: Iterable[str]) -> None:
-        """Drop the caches of requests that are over."""
-        for request_id in request_ids:
-            self._caches.pop(request_id, None)
+    def retain(self, live: Container[str]) -> None:
+        """Drop the caches of all requests that are not in `live`."""
+        self._caches = {request: cache for request, cache in self._caches.items() if request in live}
 
     def _next(self, caches: list[_Cache], unread: list[Tokens]) -> npt.NDArray[np.int64]:
         """Read the `unread` tokens of each request; returns the likeliest token to follow, [requests]."""
@@ -103,8 +102,8 @@ class IncrementalDrafter:
         for cache, ids in zip(caches, unread, strict=True):
             cache.expect(ids)
         model, device = self.model, self.model.embed_tokens.device
-        ids = torch.from_numpy(np.concatenate(unread).astype(np.int64)).to(device)
-        hidden = model(ids, torch.from_numpy(positions).to(device), _attend_cached(caches, bounds))
+        tokens = torch.from_numpy(np.concatenate(unread).astype(np.int64)).to(device)
+        hidden = model(tokens, torch.from_numpy(positions).to(device), _attend_cached(caches, bounds))
         last = hidden[torch.tensor(bounds[1:], device=device) - 1]
         found: npt.NDArray[np.int64] = model.draft_ids[model.logits(last).argmax(-1)].cpu().numpy()
         return found

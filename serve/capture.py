@@ -6,6 +6,7 @@ waits until the traces are collected. The sink drops its oldest traces when full
 
 import time
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from aurora.trace import TABLE_VERSION, DraftTrace
+from aurora.trace import DraftTrace
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,13 +61,13 @@ class StepFact(NamedTuple):
 
 @dataclass(frozen=True)
 class Versions:
-    """Who made the drafts of a step: the n-gram table those of `from_table`, one drafter version all others."""
+    """Who made the drafts of a step: `others` those of some requests, one neural drafter version all the rest."""
 
     neural: int
-    from_table: frozenset[str]
+    others: Mapping[str, int]  # request -> version as `aurora.trace` counts them
 
     def of(self, request_id: str) -> int:
-        return TABLE_VERSION if request_id in self.from_table else self.neural
+        return self.others.get(request_id, self.neural)
 
 
 def bf16_bits(rows: "Tensor") -> np.ndarray:

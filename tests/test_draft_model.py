@@ -98,7 +98,9 @@ def test_accepted_drafts_are_not_read_again(model: DraftModel) -> None:
     assert drafter.draft({"a": np.array([*text, *accepted, correction])}, 4).read == 1
     unchanged = drafter.draft({"a": np.array([*text, *accepted, correction])}, 1)
     assert unchanged.read == 1, "the newest token is always read: it gives the first draft"
-    drafter.forget(["a"])
+    drafter.retain({"a": "still live"})
+    assert drafter._caches.keys() == {"a"}
+    drafter.retain({})
     assert drafter._caches == {}
     assert drafter.draft({}, 2).tokens == {}
 

@@ -2,7 +2,7 @@
 
 from aurora.config import SpeculationConfig
 from aurora.controller import RequestView
-from aurora.goodput import NEURAL, StepWork
+from aurora.goodput import NEURAL, TABLE, StepWork
 from serve.portfolio import Portfolio
 
 K = 4
@@ -50,7 +50,7 @@ def test_fixed_k_verifies_the_neural_drafts_cut_to_the_limit():
     portfolio.begin("a", "", "", [1, 2, 1], 8)
     assert portfolio.plan([_view("a")]).cap == 3
     assert _settled(portfolio, "a", [7, 8, 9]) == [7, 8, 9]
-    assert portfolio.from_table == frozenset()
+    assert portfolio.one_hot == {}
     assert _settled(portfolio, "a", [7, 8, 9], limit=1) == [7]
 
 
@@ -59,7 +59,7 @@ def test_without_a_neural_drafter_the_table_drafts():
     portfolio.begin("a", "", "", [1, 2, 3, 1], 8)
     assert portfolio.plan([_view("a")]).skip_drafter
     assert _settled(portfolio, "a", []) == [2, 3]
-    assert portfolio.from_table == {"a"}
+    assert portfolio.one_hot == {"a": TABLE}
 
 
 def test_without_a_table_nothing_is_remembered():
