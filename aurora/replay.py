@@ -77,8 +77,10 @@ class ReplayOptions:
         require_positive(self, "concurrency", "k_max", "limit")
         require_writable("--json", self.json_file)
         require_writable("--results", self.results)
-        if self.save_drafter is not None and self.policy not in _LEARNING:
-            raise UserError(f"--save-drafter: {self.policy} trains none; choose from {', '.join(sorted(_LEARNING))}")
+        if self.save_drafter is not None and not (self.policy in _LEARNING and "eagle3" in _drafters(self)):
+            raise UserError(
+                f"--save-drafter: {self.policy} trains no EAGLE-3 drafter; choose online_eagle3 or portfolio"
+            )
         if self.save_drafter is not None and self.save_drafter.exists():
             raise UserError(f"--save-drafter {self.save_drafter}: it exists; give a new directory")
         unknown = sorted(set(self.drafters) - {"eagle3", "ngram", "model"})
