@@ -57,6 +57,9 @@ class StepWork:
         )
 
 
+_READS_NONE = StepWork(1, 0, 0, 0, 0, 0, model_first=1)
+_READS_ONE = dataclasses.replace(_READS_NONE, model_read=1)
+
 MODEL_COSTS = ("model_first_pass", "model_read_token", "model_further_pass")
 COSTS = (
     "constant",
@@ -84,6 +87,7 @@ class StepTimeModel:
     _moment: Floats = field(default_factory=lambda: np.zeros(len(COSTS)))
     _costs: Floats | None = None
     _seen: int = 0
+    _model_seen: bool = False  # whether a draft model ever ran
     _errors: list[float] = field(default_factory=list)
 
     @classmethod
@@ -95,7 +99,8 @@ class StepTimeModel:
         missing = [name for name in COSTS if name not in costs and name not in MODEL_COSTS]
         if missing:
             raise ValueError(f"no cost of {missing[0]}; there must be {', '.join(COSTS)}")
-        return cls(_costs=np.array([costs.get(name, 0.0) for name in COSTS], dtype=np.float64))
+        known = np.array([costs.get(name, 0.0) for name in COSTS], dtype=np.float64)
+        return cls(_costs=known, _model_seen=any(name in costs for name in MODEL_COSTS))
 
     @property
     def ready(self) -> bool:
@@ -103,8 +108,14 @@ class StepTimeModel:
 
     @property
     def costs(self) -> dict[str, float]:
-        """Seconds by the names of COSTS; empty before the first observation."""
-        return dict(zip(COSTS, self._costs.tolist(), strict=True)) if self._costs is not None else {}
+        """Seconds by the names of COSTS, without MODEL_COSTS while no draft model ran; empty before any observation."""
+        names = COSTS if self._model_seen else COSTS[: -len(MODEL_COSTS)]
+        return dict(zip(names, self._costs.tolist(), strict=False)) if self._costs is not None else {}
+
+    @property
+    def reading(self) -> float:
+        """Seconds that the draft model takes to read a token. Raises ValueError before the first observation."""
+        return self.predict(_READS_ONE) - self.predict(_READS_NONE)
 
     def predict(self, work: StepWork) -> float:
         """Seconds that `work` will take. Raises ValueError before the first observation."""
@@ -115,6 +126,7 @@ class StepTimeModel:
     def observe(self, work: StepWork, seconds: float) -> None:
         """Learn from a finished step."""
         x = work.vector()
+        self._model_seen = self._model_seen or work.model_first > 0
         if self._costs is None:
             self._costs = _PRIOR_SHARES * seconds / float(_PRIOR_SHARES @ x)
         predicted = float(self._costs @ x)
@@ -201,7 +213,7 @@ def choose(
     start = np.array([model.predict(with_drafts(base, 0, c)) for c in asked])
     # A draft costs more where the neural drafter reads it, too: [without neural drafter, with it].
     each = np.array([model.predict(with_drafts(base, 1, c)) - model.predict(with_drafts(base, 0, c)) for c in _PAIR])
-    reading = model.costs["model_read_token"] * (np.zeros(requests) if unread is None else unread)
+    reading = model.reading * (np.zeros(requests) if unread is None else unread)
     lengths = np.arange(k_max + 1)
     emitted = np.concatenate([np.zeros((requests, DRAFTERS, 1)), gains.cumsum(axis=2)], axis=2)
     forbidden = np.where(lengths <= limits[..., None], 0.0, -np.inf)  # [requests, DRAFTERS, k_max + 1]

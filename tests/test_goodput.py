@@ -7,7 +7,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aurora.goodput import COSTS, DRAFTERS, MODEL, NEURAL, TABLE, Caps, StepTimeModel, StepWork, choose, with_drafts
+from aurora.goodput import (
+    COSTS,
+    DRAFTERS,
+    MODEL,
+    MODEL_COSTS,
+    NEURAL,
+    TABLE,
+    Caps,
+    StepTimeModel,
+    StepWork,
+    choose,
+    with_drafts,
+)
 
 
 def _work(**changes: int) -> StepWork:
@@ -131,6 +143,18 @@ def test_step_time_model_recovers_costs():
     probe = _work(requests=4, drafts=12, context_tokens=2000, draft_first=1, draft_more=2, model_first=1, model_read=9)
     assert model.predict(probe) == pytest.approx(float(true @ probe.vector()), rel=0.05)
     assert model.median_error() < 0.05
+
+
+def test_costs_of_a_draft_model_are_told_once_one_ran():
+    model = StepTimeModel()
+    model.observe(_work(), 0.06)
+    assert set(model.costs) == set(COSTS) - set(MODEL_COSTS)
+    model.observe(_work(model_first=1, model_read=3), 0.08)
+    assert set(model.costs) == set(COSTS)
+    assert model.reading == pytest.approx(model.costs["model_read_token"])
+    older = StepTimeModel.known(dict.fromkeys(set(COSTS) - set(MODEL_COSTS), 0.1))
+    assert set(older.costs) == set(COSTS) - set(MODEL_COSTS)
+    assert older.reading == 0.0
 
 
 def test_one_stalled_step_does_not_spoil_the_model():

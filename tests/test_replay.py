@@ -236,7 +236,7 @@ def test_bad_input_is_named(recorded: Path, tmp_path: Path):
         run(_options(recorded, "portfolio", costs=broken))
     older = tmp_path / "older.json"
     older.write_text(json.dumps({"step_costs": {name: 0.1 for name in COSTS if not name.startswith("model")}}))
-    with pytest.raises(UserError, match="no cost of model_first_pass; measure with a server that has the draft model"):
+    with pytest.raises(UserError, match="no cost of model_first_pass; add it from aurora_step_cost_seconds"):
         run(_options(recorded, "online_draft_model", costs=older))
     with pytest.raises(UserError, match="--drafters eagle4: choose from eagle3, ngram, model"):
         _options(recorded, "portfolio", drafters=("eagle4",))
