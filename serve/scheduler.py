@@ -1,10 +1,10 @@
 """vLLM's scheduler with a drafter and a speculation length for each request (seam: `--scheduler-cls`, vLLM 0.32-0.33,
 synchronous).
 
-`schedule` asks the controller what the neural drafter shall draft at the end of the step it returns
-(`num_spec_tokens_to_schedule`); `update_draft_token_ids` sees what it drafted, adds the n-gram table's drafts, and puts
-in place what the controller chooses for each request. Notes to and from the worker ride on the objects that vLLM sends
-between the two anyway.
+`schedule` asks the controller what neural drafter and draft model shall draft at the end of the step it returns (for
+the former `num_spec_tokens_to_schedule`); `update_draft_token_ids` sees what they drafted, adds the n-gram table's
+drafts, and puts in place what the controller chooses for each request. Notes to and from the worker ride on the objects
+that vLLM sends between the two anyway.
 """
 
 import time
