@@ -7,6 +7,7 @@ from typing import Any
 
 from aurora.config import SpeculationConfig
 from aurora.controller import Draft, Plan, RequestView
+from aurora.goodput import MODEL
 from serve.portfolio import Drafts, Portfolio
 from serve.scheduler import AuroraScheduler
 
@@ -17,8 +18,8 @@ class MixedPortfolio(Portfolio):
     def plan(self, batch: list[RequestView]) -> Plan:
         plan = super().plan(batch)
         if self.controller.model:
-            drafting = frozenset(view.request_id for view in batch if view.drafting)
-            self._plan = replace(plan, model_cap=self._k_max, model_for=drafting)
+            mine = (v.request_id for v in batch if v.drafting and self._drafter(v.request_id) == MODEL)
+            self._plan = replace(plan, model_cap=self._k_max, model_for=frozenset(mine))
         return self._plan
 
     def settle(self, *args: Any) -> Mapping[str, Drafts]:
@@ -26,8 +27,11 @@ class MixedPortfolio(Portfolio):
         self._drafts = {r: self._mixed(r, drafts) for r, drafts in settled.items()}
         return self._drafts
 
+    def _drafter(self, request_id: str) -> int:
+        return zlib.crc32(request_id.encode()) % (3 if self.controller.model else 2)
+
     def _mixed(self, request_id: str, drafts: Drafts) -> Drafts:
-        drafter = zlib.crc32(request_id.encode()) % (3 if self.controller.model else 2)
+        drafter = self._drafter(request_id)
         return replace(drafts, chosen=Draft(drafter, len(drafts.by(drafter))))
 
 
