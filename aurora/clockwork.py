@@ -6,7 +6,7 @@ says.
 
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from aurora.controller import Plan, RequestView
+from aurora.controller import Plan, RequestView, SpeculationController
 from aurora.goodput import NEURAL, StepTimeModel, StepWork
 from aurora.trace import TABLE_VERSION, encode_traces, pack_states
 from trainer.recording import Verified, traces_of
@@ -51,6 +51,7 @@ class Live:
     outcome: Outcome
     domain: str  # label that the portfolio is told; from its arrival on the domain that it is of
     version: int = TABLE_VERSION  # of the neural drafter
+    model_drafted: "np.ndarray | None" = None  # drafts of the draft model from each start
     known: int = 0  # tokens that were read or emitted; 0: the prompt has not been read
     drafts: list[int] = field(default_factory=list)
     verified: list[Verified] = field(default_factory=list)  # neural drafts so far
@@ -59,12 +60,12 @@ class Live:
     def done(self) -> bool:
         return self.known == len(self.request.ids)
 
-    def neural(self, cap: int) -> list[int]:
-        """What the neural drafter drafts now: right tokens as far as it is right, a wrong one, and unknown ones."""
+    def drafted_now(self, drafted: "np.ndarray | None", cap: int) -> list[int]:
+        """What the drafter of `drafted` drafts now: right tokens as far as it is right, a wrong one, unknown ones."""
         start = self.known - 2 - self.request.first_start
-        if self.drafted is None or start >= len(self.drafted):
+        if drafted is None or start >= len(drafted):
             return []
-        drafts: list[int] = self.drafted[start, :cap].tolist()
+        drafts: list[int] = drafted[start, :cap].tolist()
         return drafts
 
     def view(self, k_max: int) -> RequestView:
@@ -125,6 +126,9 @@ class Clockwork:
             context_tokens=sum(max(live.known, live.request.prompt_tokens) for live in self._batch),
             draft_first=int(not plan.skip_drafter),
             draft_more=max(plan.cap - 1, 0),
+            model_first=int(plan.model_cap > 0),
+            model_read=plan.model_read,
+            model_more=max(plan.model_cap - 1, 0),
         )
 
 
@@ -221,8 +225,11 @@ class PortfolioSpeculator(Speculator):
             self.training.advance(seconds)
 
     def settle(self, batch: Sequence[Live]) -> None:
-        neural = {live.name: live.neural(self._plan.cap) for live in batch}
-        drafts = self._portfolio.settle(neural, {live.name: live.view(self._k_max).limit for live in batch})
+        neural = {live.name: live.drafted_now(live.drafted, self._plan.cap) for live in batch}
+        limits = {live.name: live.view(self._k_max).limit for live in batch}
+        asked = [live for live in batch if live.name in self._plan.model_for]
+        model = {live.name: live.drafted_now(live.model_drafted, self._plan.model_cap) for live in asked}
+        drafts = self._portfolio.settle(neural, limits, model)
         for live in batch:
             live.drafts = drafts[live.name].tokens
         self._neural = {name for name, drafted in drafts.items() if drafted.chosen.drafter == NEURAL}
@@ -237,19 +244,20 @@ class PortfolioSpeculator(Speculator):
 class Training:
     """The trainer beside a replay: it gets `share` core-seconds of work for each modelled second."""
 
-    def __init__(self, loop: "TrainerLoop", share: float, changed: Callable[[list[float]], None], codec: str) -> None:
-        """changed: told the gated rates of each version that becomes live; codec: of the traces it learns from."""
+    def __init__(self, loop: "TrainerLoop", share: float, controller: SpeculationController, codec: str) -> None:
+        """controller: told of each version that becomes live; codec: of the traces that are learned from."""
         self.loop = loop
         self._codec = codec
         self.spent_s = 0.0
         self._share = share
         self._credit_s = 0.0
-        self._changed = changed
+        self._controller = controller
 
     def advance(self, seconds: float) -> None:
         """`seconds` of modelled time have passed."""
         self._credit_s += self._share * seconds
-        version = self.loop.version
+        draft_model, controller = self.loop.draft_model, self._controller
+        version, model_version = self.loop.version, draft_model.version if draft_model is not None else 0
         while self._credit_s > 0:
             began = time.process_time()
             idle = not self.loop.work()
@@ -257,7 +265,9 @@ class Training:
             self.spent_s += took
             self._credit_s = 0.0 if idle else self._credit_s - took  # spare time does not keep
         if self.loop.version != version:
-            self._changed(self.loop.gated_rates)
+            controller.drafter_changed(self.loop.gated_rates)
+        if draft_model is not None and draft_model.version != model_version:
+            controller.model_changed(draft_model.gated_rates)
 
     def save(self, directory: Path) -> None:
         """Copy the live version into a new directory."""

@@ -63,14 +63,17 @@ class SpeculationConfig(_Branch):
     enabled: bool = True
     k_max: int = Field(4, ge=1, le=16, description="longest draft; the engine reserves KV slots for it")
     fixed_k: int | None = Field(None, ge=0, le=16, description="same k for every request instead of the goodput rule")
-    drafters: tuple[Literal["eagle3", "ngram"], ...] = Field(
-        ("eagle3", "ngram"), min_length=1, description="what drafts: the neural drafter, the table of served text"
+    drafters: tuple[Literal["eagle3", "ngram", "model"], ...] = Field(
+        ("eagle3", "ngram"),
+        min_length=1,
+        description="what drafts: the neural drafter, the table of served text, a small draft model",
     )
     ngram_mib: int = Field(512, ge=1, description="bound of the n-gram tables over finished requests")
     isolate_tenants: bool = Field(True, description="never draft text from requests with another `cache_salt`")
     cluster_domains: bool = Field(False, description="sort requests without a domain label by their prompts")
     drafter: Path | None = Field(None, description="drafter directory to start from; default: made from the target")
     draft_vocab: int = Field(8192, ge=256, description="tokens that the drafter can propose")
+    draft_layers: int = Field(2, ge=1, description="layers of the draft model, taken from the target at first")
     sample_drafts: Literal["greedy", "probabilistic"] = "greedy"
     exploration: float = Field(0.02, ge=0, le=0.5, description="share of the engine's steps lost to exploring")
 
@@ -127,6 +130,9 @@ class TrainerConfig(_Branch):
     replay_mib: int = Field(1024, ge=8, description="bound of the replay; the oldest sequences leave first")
     max_staleness: int = Field(8, ge=0, description="versions after which drafts no longer count as on-policy")
     holdout: float = Field(0.1, gt=0, lt=0.5, description="share of requests kept out of training for the gate")
+    draft_model_share: float = Field(
+        0.5, gt=0, lt=1, description="share of training time that the draft model gets beside the neural drafter"
+    )
     publish_interval_s: float = Field(60, gt=0)
     gate_sequences: int = Field(16, ge=1, description="newest held-out requests on which a candidate is judged")
     gate_margin: float = Field(0.0, description="acceptance length that a candidate must gain over the live drafter")
@@ -181,7 +187,7 @@ class AuroraConfig(_Branch):
 
     @property
     def learning(self) -> bool:
-        """Whether a trainer runs: there is nothing to teach without a neural drafter."""
+        """Whether a trainer runs: there is nothing to teach a table."""
         return self.trainer.enabled and self._drafts_neurally
 
     @property
@@ -191,17 +197,21 @@ class AuroraConfig(_Branch):
 
     @property
     def _drafts_neurally(self) -> bool:
-        return self.speculation.enabled and "eagle3" in self.speculation.drafters
+        return self.speculation.enabled and set(self.speculation.drafters) != {"ngram"}
 
     @model_validator(mode="after")
     def _log_has_traces(self) -> "AuroraConfig":
         if self.capture.log_dir is not None and not self._drafts_neurally:
-            raise ValueError("capture.log_dir: there are traces of the neural drafter only; enable eagle3 or unset it")
+            raise ValueError("capture.log_dir: there are traces of neural drafters only; enable eagle3 or unset it")
         return self
 
     @property
     def store_dir(self) -> Path:
         return self.run_dir / "drafters"
+
+    @property
+    def draft_model_dir(self) -> Path:
+        return self.run_dir / "draft_models"
 
 
 def load_config(file: Path | None, overrides: dict[str, Any]) -> AuroraConfig:

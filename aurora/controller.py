@@ -1,13 +1,16 @@
-"""The speculation controller: what each request drafts with, how many tokens, and whether the neural drafter runs.
+"""The speculation controller: what each request drafts with, how many tokens, and which drafters run.
 
-It owns no clock and no engine. `plan` is asked before a step whether the neural drafter shall draft at its end;
-`settle` is asked after it, when all drafts are there, which of them to verify; `observe_*` are told what came of it.
+It owns no clock and no engine. `plan` is asked before a step whether neural drafter and draft model shall draft at its
+end; `settle` is asked after it, when all drafts are there, which of them to verify; `observe_*` are told what came of
+it.
 
 A neural drafter that skips a step keeps a hole in its KV cache, so a request is *warm* only while the drafter has read
-all of it; cold requests draft from the n-gram table for the rest of their life. When the drafter does not pay it is
+all of it; cold requests are not drafted for by it for the rest of their life. When the drafter does not pay it is
 skipped, except in *bursts* of exploration, so that leaving it out never becomes a trap: for as long as the credit lasts
 it drafts one token for all warm requests. Reading a prompt is dear and one draft says little, hence bursts and not a
-trickle. The table needs no exploration: what it would have drafted is compared with the target's tokens at every step.
+trickle. The draft model is never cold: it reads what it has not read when it is asked, which takes its time; it is
+explored in the same bursts. The table needs no exploration: what it would have drafted is compared with the target's
+tokens at every step.
 """
 
 import dataclasses
@@ -20,11 +23,26 @@ import numpy as np
 
 from aurora.acceptance import AcceptanceModel
 from aurora.confidence import ConfidenceModel, DraftBasis
-from aurora.goodput import NEURAL, TABLE, Choice, Floats, Ints, StepTimeModel, StepWork, choose, with_drafts
+from aurora.goodput import (
+    DRAFTERS,
+    MODEL,
+    NEURAL,
+    TABLE,
+    Caps,
+    Choice,
+    Floats,
+    Ints,
+    StepTimeModel,
+    StepWork,
+    choose,
+    with_drafts,
+)
 
 _BURST = 4.0  # credit of one burst, in plain steps; granted at start and at each new drafter version
 _CURVE_MEMORY = 0.9  # of what the table was worth in a request's earlier steps
 _DOMAIN_CURVE_MEMORY = 0.99
+_NEARLY_READ = 16.0  # unread tokens up to which the draft model goes along with a request at each step
+_CATCH_UP_STEPS = 32.0  # steps that reading more than that is an investment for
 
 
 @dataclass(frozen=True)
@@ -41,10 +59,17 @@ class RequestView:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the neural drafter does at the end of the step at hand."""
+    """What neural drafter and draft model do at the end of the step at hand."""
 
-    cap: int  # tokens that it drafts for every request
+    cap: int  # tokens that the neural drafter drafts for every request
     skip_drafter: bool  # it does not even read this step's tokens
+    model_cap: int = 0  # tokens that the draft model drafts for each request of `model_for`
+    model_for: frozenset[str] = frozenset()
+    model_read: int = 0  # tokens that it reads for that, as far as known before the step
+
+    @property
+    def caps(self) -> Caps:
+        return Caps(self.cap, self.model_cap)
 
 
 @dataclass(frozen=True)
@@ -54,13 +79,14 @@ class Offer:
     limit: int  # longest draft that the request may have now
     neural: int  # tokens that the neural drafter drafted
     table: DraftBasis | None  # what the table's drafts rest on
+    model: int = 0  # tokens that the draft model drafted
 
 
 @dataclass(frozen=True)
 class Draft:
     """What one request verifies in the next step."""
 
-    drafter: int  # NEURAL or TABLE
+    drafter: int  # NEURAL, TABLE or MODEL
     length: int
 
 
@@ -72,12 +98,16 @@ class SpeculationController:
     fixed_k: int | None = None
     exploration: float = 0.02  # share of the engine's steps
     neural: bool = True  # whether there is a neural drafter to use
-    acceptance: AcceptanceModel = field(init=False)
+    model: bool = False  # whether there is a draft model
+    acceptance: AcceptanceModel = field(init=False)  # of the neural drafter
+    model_acceptance: AcceptanceModel = field(init=False)
     confidence: ConfidenceModel = field(default_factory=ConfidenceModel)
     step_time: StepTimeModel = field(default_factory=StepTimeModel)
     expected_tokens: float = 0.0  # emitted by the next step as it was settled; 0.0 while the step time is unknown
     _views: dict[str, RequestView] = field(default_factory=dict)  # of the step at hand
     _cold: set[str] = field(default_factory=set)
+    _read: dict[str, int] = field(default_factory=dict)  # request -> tokens that the draft model has read
+    _reads: frozenset[str] = frozenset()  # requests that it reads in the step at hand
     _known: set[str] = field(default_factory=set)
     _curves: dict[str, Floats] = field(default_factory=dict)  # request -> usual gains of its table drafts, [k_max]
     _domain_curves: dict[str, Floats] = field(default_factory=dict)
@@ -85,14 +115,15 @@ class SpeculationController:
     _exploring: bool = True
 
     def __post_init__(self) -> None:
-        self.acceptance = AcceptanceModel(self.k_max)
+        self.acceptance, self.model_acceptance = AcceptanceModel(self.k_max), AcceptanceModel(self.k_max)
 
     def plan(self, batch: list[RequestView]) -> Plan:
-        """Decide on the neural drafter for the step that is about to run."""
+        """Decide on neural drafter and draft model for the step that is about to run."""
         self._views = {v.request_id: v for v in batch}
         for view in batch:
             self._meet(view)
         plan = self._plan(batch)
+        self._reads = plan.model_for
         if plan.skip_drafter:
             self._cold.update(self._views)
         return plan
@@ -100,19 +131,19 @@ class SpeculationController:
     def settle(self, plan: Plan, offers: Mapping[str, Offer]) -> dict[str, Draft]:
         """Choose among the drafts that the requests of the planned step have now; each gets at least an empty one."""
         views = [self._views[r] for r in offers]
-        gains, limits = self._gains(views), np.zeros((len(views), 2), np.int64)
+        gains, limits = self._gains(views), np.zeros((len(views), DRAFTERS), np.int64)
         for i, (view, offer) in enumerate(zip(views, offers.values(), strict=True)):
-            limits[i, NEURAL] = min(offer.limit, offer.neural)
+            limits[i, [NEURAL, MODEL]] = min(offer.limit, offer.neural), min(offer.limit, offer.model)
             gains[i, TABLE] = self._worth(view, offer.table)
             limits[i, TABLE] = min(offer.limit, len(offer.table.orders) if offer.table is not None else 0)
         if self.fixed_k is not None:
-            drafter = NEURAL if self.neural else TABLE
+            drafter = NEURAL if self.neural else MODEL if self.model else TABLE
             lengths = np.minimum(limits[:, drafter], self.fixed_k)
             return {v.request_id: Draft(drafter, int(k)) for v, k in zip(views, lengths, strict=True)}
         if not self.step_time.ready:
             self.expected_tokens = 0.0
             return {v.request_id: Draft(NEURAL, int(k)) for v, k in zip(views, limits[:, NEURAL], strict=True)}
-        choice = choose(gains, limits, _plain_step(views), self.step_time, caps=[plan.cap])
+        choice = choose(gains, limits, _plain_step(views), self.step_time, caps=[plan.caps])
         self.expected_tokens = choice.emitted
         drafts = map(Draft, choice.drafters, choice.lengths)
         return dict(zip(offers, drafts, strict=True))
@@ -130,6 +161,10 @@ class SpeculationController:
         """The target's tokens are known for the first `known` of a neural draft; the first `accepted` equal them."""
         self.acceptance.observe(request_id, known, accepted)
 
+    def observe_model(self, request_id: str, known: int, accepted: int) -> None:
+        """The same for a draft of the draft model."""
+        self.model_acceptance.observe(request_id, known, accepted)
+
     def observe_table(self, request_id: str, basis: DraftBasis, known: int, accepted: int) -> None:
         """The same for a draft of the table."""
         self.confidence.observe(request_id, basis, known, accepted)
@@ -139,10 +174,17 @@ class SpeculationController:
         self.acceptance.drafter_changed(gated_rates)
         self._credit = _BURST
 
+    def model_changed(self, gated_rates: list[float]) -> None:
+        """The same for the draft model."""
+        self.model_acceptance.drafter_changed(gated_rates)
+        self._credit = _BURST
+
     def finish(self, request_ids: Iterable[str]) -> None:
         """Forget requests."""
         for request_id in request_ids:
             self.acceptance.finish(request_id)
+            self.model_acceptance.finish(request_id)
+            self._read.pop(request_id, None)
             self.confidence.finish(request_id)
             self._cold.discard(request_id)
             self._known.discard(request_id)
@@ -152,40 +194,83 @@ class SpeculationController:
         if view.request_id not in self._known:
             self._known.add(view.request_id)
             self.acceptance.start(view.request_id, view.domain)
+            self.model_acceptance.start(view.request_id, view.domain)
             self.confidence.start(view.request_id, view.domain)
+        if view.request_id in self._reads:
+            self._read[view.request_id] = view.context_tokens
 
     def _plan(self, batch: list[RequestView]) -> Plan:
-        if not self.neural or self.fixed_k == 0:
+        if not (self.neural or self.model) or self.fixed_k == 0:
             return Plan(0, skip_drafter=True)
         drafting = [v for v in batch if v.drafting]
-        warm = bool(self._limits(batch)[:, NEURAL].any())
         if self.fixed_k is not None:
-            return Plan(min(self.fixed_k, int(self._limits(drafting)[:, NEURAL].max(initial=0))), skip_drafter=False)
+            return self._plan_fixed(drafting, self.fixed_k)
         if not self.step_time.ready:
-            return Plan(int(bool(drafting)), skip_drafter=False)
+            return Plan(int(bool(drafting)) if self.neural else 0, skip_drafter=not self.neural)
         self._exploring = self._credit > 0 if self._exploring else self._credit >= _BURST
         best = self._choose(drafting)
         # A step may hold prompts only: the drafter reads them if their requests will be drafted for.
-        reading = best.cap > 0 or (len(drafting) < len(batch) and self._choose(batch).cap > 0)
-        if self._exploring and warm and not reading:
-            return self._explore(batch, drafting)
-        return Plan(best.cap, skip_drafter=not reading)
+        reading = best.caps.neural > 0 or (len(drafting) < len(batch) and self._choose(batch).caps.neural > 0)
+        plan = self._plan_model(drafting, best)
+        explores = self._exploring and bool(self._limits(batch)[:, NEURAL].any()) and not reading
+        cap = best.caps.neural or int(explores and bool(drafting))
+        plan = dataclasses.replace(plan, cap=cap, skip_drafter=not (reading or explores))
+        if self._exploring:
+            self._pay(batch, plan, new=Caps(int(explores), int(plan.model_cap > best.caps.model)))
+        return plan
 
-    def _explore(self, batch: list[RequestView], drafting: list[RequestView]) -> Plan:
-        """One neural draft for all; the drafter's time is taken from the credit."""
+    def _plan_fixed(self, drafting: list[RequestView], k: int) -> Plan:
+        """The same length for all, drafted by the neural drafter if there is one."""
+        longest = min(k, int(self._limits(drafting)[:, NEURAL if self.neural else MODEL].max(initial=0)))
+        if self.neural:
+            return Plan(longest, skip_drafter=False)
+        return self._model_plan(drafting, longest)
+
+    def _plan_model(self, drafting: list[RequestView], best: Choice) -> Plan:
+        """The draft model's part: what was chosen, or one draft for all to explore it."""
+        usable = [v for v in drafting if self.model and v.limit]
+        if best.caps.model:
+            takes = {
+                v.request_id for v, d, k in zip(drafting, best.drafters, best.lengths, strict=True) if d == MODEL and k
+            }
+            # The table may turn out to have nothing: whoever costs little to read is drafted for as well.
+            chosen = [v for v in usable if v.request_id in takes or self._unread(v) <= _NEARLY_READ]
+            return self._model_plan(chosen, best.caps.model)
+        return self._model_plan(usable, int(self._exploring))
+
+    def _model_plan(self, views: list[RequestView], cap: int) -> Plan:
+        if not views or not cap:
+            return Plan(0, skip_drafter=True)
+        read = sum(self._unread(v) for v in views)
+        return Plan(0, True, model_cap=cap, model_for=frozenset(v.request_id for v in views), model_read=read)
+
+    def _pay(self, batch: list[RequestView], plan: Plan, new: Caps) -> None:
+        """Take the time of the drafters that run only to be explored, `new`, from the credit."""
+        drafting = [v for v in batch if v.drafting]
         plain = dataclasses.replace(_plain_step(drafting), prefill_tokens=sum(v.prefill_tokens for v in batch))
-        spent = self.step_time.predict(with_drafts(plain, 0, 1)) - self.step_time.predict(plain)
+        busy = with_drafts(plain, 0, new, plan.model_read if new.model else 0)
+        spent = self.step_time.predict(busy) - self.step_time.predict(plain)
         self._credit -= spent / self.step_time.predict(_plain_step(drafting))
-        return Plan(int(bool(drafting)), skip_drafter=False)
 
     def _choose(self, views: list[RequestView]) -> Choice:
-        return choose(self._gains(views), self._limits(views), _plain_step(views), self.step_time)
+        unread = np.array([self._unread(v) for v in views], np.float64)
+        # Beyond what comes with each step, reading is paid back over the steps that follow.
+        price = np.minimum(unread, _NEARLY_READ) + np.maximum(unread - _NEARLY_READ, 0.0) / _CATCH_UP_STEPS
+        return choose(self._gains(views), self._limits(views), _plain_step(views), self.step_time, unread=price)
+
+    def _unread(self, view: RequestView) -> int:
+        """Tokens that the draft model would read for this request at the end of the step: at least the newest."""
+        return max(view.context_tokens - self._read.get(view.request_id, 0), 0) + 1
 
     def _gains(self, views: list[RequestView]) -> Floats:
         """Expected extra tokens by request, drafter and position; the table's are those that it had so far."""
-        neural = self.acceptance.gains([v.request_id for v in views])
+        names = [v.request_id for v in views]
         table = np.array([self._curve(v) for v in views]).reshape(len(views), self.k_max)
-        return np.stack([neural, table], axis=1)
+        gains = np.zeros((len(views), DRAFTERS, self.k_max))
+        gains[:, NEURAL], gains[:, TABLE] = self.acceptance.gains(names), table
+        if self.model:
+            gains[:, MODEL] = self.model_acceptance.gains(names)
+        return gains
 
     def _curve(self, view: RequestView) -> Floats:
         usual = self._curves.get(view.request_id)
@@ -202,9 +287,11 @@ class SpeculationController:
         return gains
 
     def _limits(self, views: list[RequestView]) -> Ints:
-        """Longest draft by request and drafter, [requests, 2]."""
-        neural = [0 if v.request_id in self._cold or not self.neural else v.limit for v in views]
-        return np.array([neural, [v.limit for v in views]], dtype=np.int64).T
+        """Longest draft by request and drafter, [requests, DRAFTERS]."""
+        limits = np.array([[v.limit] * DRAFTERS for v in views], dtype=np.int64).reshape(len(views), DRAFTERS)
+        limits[[not self.neural or v.request_id in self._cold for v in views], NEURAL] = 0
+        limits[:, MODEL] *= self.model
+        return limits
 
 
 def _plain_step(drafting: list[RequestView]) -> StepWork:

@@ -32,9 +32,12 @@ class StepWork:
     context_tokens: int  # tokens attended to, over all requests
     draft_first: int  # 1 if the drafter reads this step's tokens
     draft_more: int  # further drafter passes, one token a request each
+    model_first: int = 0  # 1 if the draft model runs
+    model_read: int = 0  # tokens that it reads, over all requests
+    model_more: int = 0  # its further passes, one token a request each
 
     def vector(self) -> Floats:
-        """One number for each cost of the model, [8]."""
+        """One number for each cost of the model, in the order of COSTS."""
         read = self.draft_first * (self.requests + self.drafts + self.prefill_tokens)
         return np.array(
             [
@@ -46,11 +49,18 @@ class StepWork:
                 self.draft_first,
                 read,
                 self.draft_more,
+                self.model_first,
+                self.model_read,
+                self.model_more,
             ],
             dtype=np.float64,
         )
 
 
+_READS_NONE = StepWork(1, 0, 0, 0, 0, 0, model_first=1)
+_READS_ONE = dataclasses.replace(_READS_NONE, model_read=1)
+
+MODEL_COSTS = ("model_first_pass", "model_read_token", "model_further_pass")
 COSTS = (
     "constant",
     "request",
@@ -60,31 +70,37 @@ COSTS = (
     "first_pass",
     "read_token",
     "further_pass",
+    *MODEL_COSTS,
 )  # in the order of StepWork.vector
 
 # Prior cost of each feature as a share of the plain step's constant, in the order of StepWork.vector. Longer drafts are
 # guessed cheap, so that they are tried. The drafter's first pass is guessed dear: too dear is seen as soon as the pass
-# is left out, too cheap never is while every step has it.
-_PRIOR_SHARES = np.array([1.0, 0.03, 0.1, 0.02, 0.02, 0.25, 0.001, 0.05])
+# is left out, too cheap never is while every step has it. So is what the draft model reads.
+_PRIOR_SHARES = np.array([1.0, 0.03, 0.1, 0.02, 0.02, 0.25, 0.001, 0.05, 0.25, 0.003, 0.1])
 
 
 @dataclass
 class StepTimeModel:
     """Non-negative least squares of step time on StepWork, forgetting old steps. Times in seconds."""
 
-    _gram: Floats = field(default_factory=lambda: np.zeros((8, 8)))
-    _moment: Floats = field(default_factory=lambda: np.zeros(8))
+    _gram: Floats = field(default_factory=lambda: np.zeros((len(COSTS), len(COSTS))))
+    _moment: Floats = field(default_factory=lambda: np.zeros(len(COSTS)))
     _costs: Floats | None = None
     _seen: int = 0
+    _model_seen: bool = False  # whether a draft model ever ran
     _errors: list[float] = field(default_factory=list)
 
     @classmethod
     def known(cls, costs: Mapping[str, float]) -> "StepTimeModel":
-        """A model with given costs, in seconds by the names of COSTS. Raises ValueError naming one that is missing."""
-        missing = [name for name in COSTS if name not in costs]
+        """A model with given costs, in seconds by the names of COSTS; MODEL_COSTS may be left out and are then 0.
+
+        Raises ValueError naming another one that is missing.
+        """
+        missing = [name for name in COSTS if name not in costs and name not in MODEL_COSTS]
         if missing:
             raise ValueError(f"no cost of {missing[0]}; there must be {', '.join(COSTS)}")
-        return cls(_costs=np.array([costs[name] for name in COSTS], dtype=np.float64))
+        known = np.array([costs.get(name, 0.0) for name in COSTS], dtype=np.float64)
+        return cls(_costs=known, _model_seen=any(name in costs for name in MODEL_COSTS))
 
     @property
     def ready(self) -> bool:
@@ -92,8 +108,14 @@ class StepTimeModel:
 
     @property
     def costs(self) -> dict[str, float]:
-        """Seconds by the names of COSTS; empty before the first observation."""
-        return dict(zip(COSTS, self._costs.tolist(), strict=True)) if self._costs is not None else {}
+        """Seconds by the names of COSTS, without MODEL_COSTS while no draft model ran; empty before any observation."""
+        names = COSTS if self._model_seen else COSTS[: -len(MODEL_COSTS)]
+        return dict(zip(names, self._costs.tolist(), strict=False)) if self._costs is not None else {}
+
+    @property
+    def reading(self) -> float:
+        """Seconds that the draft model takes to read a token. Raises ValueError before the first observation."""
+        return self.predict(_READS_ONE) - self.predict(_READS_NONE)
 
     def predict(self, work: StepWork) -> float:
         """Seconds that `work` will take. Raises ValueError before the first observation."""
@@ -104,6 +126,7 @@ class StepTimeModel:
     def observe(self, work: StepWork, seconds: float) -> None:
         """Learn from a finished step."""
         x = work.vector()
+        self._model_seen = self._model_seen or work.model_first > 0
         if self._costs is None:
             self._costs = _PRIOR_SHARES * seconds / float(_PRIOR_SHARES @ x)
         predicted = float(self._costs @ x)
@@ -133,16 +156,27 @@ class StepTimeModel:
         return float(np.median(self._errors)) if self._errors else 0.0
 
 
-NEURAL, TABLE = 0, 1  # drafters: tokens of the first cost drafter passes, those of the n-gram table are free to draft
+# Drafters: tokens of the first cost drafter passes, those of the n-gram table are free to draft, those of the draft
+# model cost its passes and the reading of what it has not read.
+NEURAL, TABLE, MODEL = 0, 1, 2
+DRAFTERS = 3
+
+
+@dataclass(frozen=True)
+class Caps:
+    """Tokens that each drafter with passes drafts for every request; 0: it does not draft."""
+
+    neural: int
+    model: int = 0
 
 
 @dataclass(frozen=True)
 class Choice:
     """Drafter and speculation length of every request in one step, and what is expected of them."""
 
-    drafters: tuple[int, ...]  # NEURAL or TABLE
+    drafters: tuple[int, ...]  # NEURAL, TABLE or MODEL
     lengths: tuple[int, ...]
-    cap: int  # tokens that the neural drafter must draft
+    caps: Caps  # what the two with passes must draft
     emitted: float  # expected tokens
     seconds: float  # expected time
 
@@ -153,47 +187,84 @@ class Choice:
 
 
 def choose(
-    gains: Floats, limits: Ints, base: StepWork, model: StepTimeModel, caps: Sequence[int] | None = None
+    gains: Floats,
+    limits: Ints,
+    base: StepWork,
+    model: StepTimeModel,
+    *,
+    caps: Sequence[Caps] | None = None,
+    unread: Floats | None = None,
 ) -> Choice:
     """The choice that maximises goodput, exactly.
 
-    gains: [requests, 2, k_max] expected extra tokens of each draft position, by drafter.
-    limits: [requests, 2] longest draft that each request may have from each drafter.
+    gains: [requests, DRAFTERS, k_max] expected extra tokens of each draft position, by drafter.
+    limits: [requests, DRAFTERS] longest draft that each request may have from each drafter.
     base: the step without any draft and without drafting.
-    caps: what the neural drafter may be asked for; default: everything from nothing to the highest limit.
+    caps: what the drafters with passes may be asked for; default: everything from nothing to the highest limits.
+    unread: [requests] tokens that the draft model reads if the request takes its drafts; default: none.
 
     Dinkelbach's method (1967): at a given price of a second each request's best option is its own affair, and the
-    price at which the whole is worth nothing is the goodput. Every round takes O(caps * requests * k_max).
+    price at which the whole is worth nothing is the goodput. Of one drafter's drafts the best within a cap is a running
+    maximum over lengths, so a round takes O(requests * (k_max + caps)).
     """
     requests, _, k_max = gains.shape
-    chosen_caps = np.array(range(int(limits[:, NEURAL].max(initial=0)) + 1) if caps is None else caps)
-    start = np.array([model.predict(with_drafts(base, 0, cap)) for cap in chosen_caps])
-    each = np.array([model.predict(with_drafts(base, 1, cap)) for cap in chosen_caps]) - start
+    asked = _all_caps(limits) if caps is None else list(caps)
+    neural, drafted = np.array([c.neural for c in asked]), np.array([c.model for c in asked])
+    start = np.array([model.predict(with_drafts(base, 0, c)) for c in asked])
+    # A draft costs more where the neural drafter reads it, too: [without neural drafter, with it].
+    each = np.array([model.predict(with_drafts(base, 1, c)) - model.predict(with_drafts(base, 0, c)) for c in _PAIR])
+    reading = model.reading * (np.zeros(requests) if unread is None else unread)
     lengths = np.arange(k_max + 1)
-    emitted = np.concatenate([np.zeros((requests, 2, 1)), gains.cumsum(axis=2)], axis=2)
-    longest = np.broadcast_to(limits, (len(chosen_caps), requests, 2)).copy()
-    longest[:, :, NEURAL] = np.minimum(longest[:, :, NEURAL], chosen_caps[:, None])
-    allowed = lengths <= longest[..., None]  # [caps, requests, 2, k_max + 1]
-    best = Choice((NEURAL,) * requests, (0,) * requests, int(chosen_caps[0]), float(requests), float(start[0]))
+    emitted = np.concatenate([np.zeros((requests, DRAFTERS, 1)), gains.cumsum(axis=2)], axis=2)
+    forbidden = np.where(lengths <= limits[..., None], 0.0, -np.inf)  # [requests, DRAFTERS, k_max + 1]
+    extra = np.zeros((requests, DRAFTERS, k_max + 1))  # seconds beside verification
+    extra[:, MODEL, 1:] = reading[:, None]
+    costs = each[:, None, None, None] * lengths + extra  # [2, requests, DRAFTERS, k_max + 1]
+    table = np.full_like(neural, k_max)
+    within = np.stack([neural, table, drafted], axis=1)  # [caps, DRAFTERS] longest draft
+    runs = (neural > 0).astype(int)
+    best = Choice((NEURAL,) * requests, (0,) * requests, asked[0], float(requests), float(start[0]))
     while True:
-        value = emitted - best.goodput * each[:, None, None, None] * lengths
-        value = np.where(allowed, value, -np.inf).reshape(len(chosen_caps), requests, 2 * (k_max + 1))
-        picks = value.argmax(axis=2)  # [caps, requests]
-        profit = requests + value.max(axis=2).sum(axis=1) - best.goodput * start
+        value = emitted + forbidden - best.goodput * costs
+        reach = np.maximum.accumulate(value, axis=3)
+        offers = reach[runs[:, None], :, np.arange(DRAFTERS), within]  # [caps, DRAFTERS, requests]
+        profit = requests + offers.max(axis=1).sum(axis=1) - best.goodput * start
         c = int(profit.argmax())
-        drafters, taken = np.divmod(picks[c], k_max + 1)
+        drafters = offers[c].argmax(axis=0)
+        rows = np.arange(requests)
+        allowed = lengths <= within[c][drafters][:, None]  # [requests, k_max + 1]
+        taken = np.where(allowed, value[runs[c], rows, drafters], -np.inf).argmax(axis=1)
         better = Choice(
             tuple(drafters.tolist()),
             tuple(taken.tolist()),
-            int(chosen_caps[c]),
-            requests + float(emitted[np.arange(requests), drafters, taken].sum()),
-            float(start[c] + each[c] * taken.sum()),
+            asked[c],
+            requests + float(emitted[rows, drafters, taken].sum()),
+            float(start[c] + costs[runs[c], rows, drafters, taken].sum()),
         )
         if better.goodput <= best.goodput * (1 + _SAME):
             return best
         best = better
 
 
-def with_drafts(base: StepWork, drafts: int, cap: int) -> StepWork:
-    """The work of `base` when `drafts` tokens are verified and the neural drafter drafts `cap` for each request."""
-    return dataclasses.replace(base, drafts=drafts, draft_first=int(cap > 0), draft_more=max(cap - 1, 0))
+_PAIR = (Caps(0), Caps(1))
+
+
+def _all_caps(limits: Ints) -> list[Caps]:
+    neural, drafted = (range(int(limits[:, drafter].max(initial=0)) + 1) for drafter in (NEURAL, MODEL))
+    return [Caps(n, m) for n in neural for m in drafted]
+
+
+def with_drafts(base: StepWork, drafts: int, caps: Caps, model_read: int = 0) -> StepWork:
+    """The work of `base` when `drafts` tokens are verified and the drafters draft up to `caps` for each request.
+
+    model_read: tokens that the draft model reads for it.
+    """
+    return dataclasses.replace(
+        base,
+        drafts=drafts,
+        draft_first=int(caps.neural > 0),
+        draft_more=max(caps.neural - 1, 0),
+        model_first=int(caps.model > 0),
+        model_read=model_read,
+        model_more=max(caps.model - 1, 0),
+    )

@@ -39,9 +39,13 @@ class _Seen:
 
 @dataclass
 class VersionGuard:
-    """Watches the version `live`; tell it of every report and of every swap."""
+    """Watches the version `live`; tell it of every report and of every swap.
+
+    sign: -1 for the draft model, whose versions are negative in reports (`aurora.trace`).
+    """
 
     live: int
+    sign: int = 1
     _before: int | None = None
     _seen: dict[int, _Seen] = field(default_factory=dict)
 
@@ -53,8 +57,8 @@ class VersionGuard:
     def observe(self, report: EngineReport) -> None:
         """Count the first drafts of a report."""
         for version, (drafts, right) in report.first_drafts.items():
-            if version in (self.live, self._before):
-                self._seen.setdefault(version, _Seen()).add(right, drafts)
+            if self.sign * version in (self.live, self._before):
+                self._seen.setdefault(self.sign * version, _Seen()).add(right, drafts)
 
     @property
     def worse(self) -> str:

@@ -134,6 +134,7 @@ METRICS: dict[str, Metric] = {
     "aurora_traces_unlogged_total": Metric("counter", "Traces that `capture.log_dir` did not take"),
     "aurora_traces_waiting": Metric("gauge", "Traces that wait in the sink"),
     "aurora_drafter_version": Metric("gauge", "Drafter version that is live"),
+    "aurora_draft_model_version": Metric("gauge", "Draft model version that is live"),
     "aurora_swaps_total": Metric("counter", "Drafter versions swapped in"),
     "aurora_swap_failures_total": Metric("counter", "Swaps refused or rolled back"),
     "aurora_rollbacks_total": Metric("counter", "Live versions taken back because they drafted worse"),

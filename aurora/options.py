@@ -43,7 +43,7 @@ OPTIONS = (
     Option("--no-speculation", "speculation.enabled", "decode plainly", constant=False),
     Option("--fixed-k", "speculation.fixed_k", "draft N tokens for every request instead of choosing", int, "N"),
     Option("--k-max", "speculation.k_max", "longest draft", int, "N"),
-    Option("--drafters", "speculation.drafters", "what may draft: eagle3, ngram or both", _names, "NAME,NAME"),
+    Option("--drafters", "speculation.drafters", "what may draft, of eagle3, ngram, model", _names, "NAME,NAME"),
     Option("--no-learning", "trainer.enabled", "serve without a trainer", constant=False),
     Option("--drafter", "speculation.drafter", "drafter to start from; default: made from the target", Path, "DIR"),
     Option("--draft-vocab", "speculation.draft_vocab", "tokens that the drafter can propose", int, "N"),
@@ -239,7 +239,9 @@ def add_replay_options(parser: argparse.ArgumentParser) -> None:
         "--policy",
         required=True,
         metavar="POLICY",
-        help=("no_speculation, prompt_lookup, static_eagle3, online_eagle3, ngram_table or portfolio"),
+        help=(
+            "no_speculation, prompt_lookup, static_eagle3, online_eagle3, ngram_table, online_draft_model, portfolio"
+        ),
     )
     add("--costs", type=Path, required=True, metavar="FILE", help="step costs: a file that `aurora bench --json` wrote")
     add("--split", default="train", help="split of a `datasets` name (default: %(default)s)")
@@ -247,6 +249,15 @@ def add_replay_options(parser: argparse.ArgumentParser) -> None:
     add("--limit", type=int, metavar="N", help="the first N requests")
     add("--drafter", type=Path, metavar="DIR", help="published drafter to begin with; default: the untrained one")
     add("--draft-vocab", type=int, default=8192, metavar="N", help="of the untrained drafter (default: %(default)s)")
+    add("--draft-layers", type=int, default=2, metavar="N", help="of the draft model (default: %(default)s)")
+    drafters = ("eagle3", "ngram")
+    add(
+        "--drafters",
+        type=_names,
+        default=drafters,
+        metavar="NAME,NAME",
+        help="of the portfolio (default: eagle3,ngram)",
+    )
     add("--concurrency", type=int, default=4, metavar="N", help="requests at once (default: %(default)s)")
     add("--k-max", type=int, default=4, metavar="N", help="longest draft (default: %(default)s)")
     add("--fixed-k", type=int, metavar="N", help="the same k for all instead of choosing by goodput")

@@ -24,7 +24,7 @@ from rich.table import Table
 from aurora.clockwork import Clockwork, Live, Outcome, PortfolioSpeculator, PromptLookup, Speculator, Training
 from aurora.codec import CODECS
 from aurora.config import AuroraConfig, UserError, load_config, require_positive, require_writable
-from aurora.goodput import StepTimeModel
+from aurora.goodput import MODEL_COSTS, StepTimeModel
 from aurora.options import trainer_settings
 from aurora.prompts import read_prompts
 from aurora.replay_result import Cell, half_widths, mean_cells, recovery, rows, summarise
@@ -42,9 +42,11 @@ POLICIES = {
     "static_eagle3": "the drafter given, never trained, k by goodput",
     "online_eagle3": "the drafter given, trained on what is served",
     "ngram_table": "the table over own and served text, k by goodput",
-    "portfolio": "trained drafter and table, chosen by goodput",
+    "online_draft_model": "a small draft model made of the target's layers, trained on what is served",
+    "portfolio": "the drafters of --drafters, trained, chosen by goodput",
 }
-_LEARNING = {"online_eagle3", "portfolio"}
+_LEARNING = {"online_eagle3", "online_draft_model", "portfolio"}
+_DRAFTERS = {"ngram_table": ("ngram",), "online_draft_model": ("model",)}
 _DOMAINS = ("labels", "clusters", "none")
 
 
@@ -61,6 +63,8 @@ class ReplayOptions:
     limit: int | None = None
     drafter: Path | None = None  # None: made from the target
     draft_vocab: int = 8192
+    draft_layers: int = 2  # of the draft model
+    drafters: tuple[str, ...] = ("eagle3", "ngram")  # of the policy `portfolio`
     concurrency: int = 4
     k_max: int = 4
     fixed_k: int | None = None  # the same k for all instead of goodput
@@ -86,12 +90,17 @@ class ReplayOptions:
         require_positive(self, "concurrency", "k_max", "limit", "seeds")
         require_writable("--json", self.json_file)
         require_writable("--results", self.results)
-        if self.save_drafter is not None and self.policy not in _LEARNING:
-            raise UserError(f"--save-drafter: {self.policy} trains none; choose from {', '.join(sorted(_LEARNING))}")
+        if self.save_drafter is not None and not (self.policy in _LEARNING and "eagle3" in _drafters(self)):
+            raise UserError(
+                f"--save-drafter: {self.policy} trains no EAGLE-3 drafter; choose online_eagle3 or portfolio"
+            )
         if self.save_drafter is not None and self.seeds > 1:
             raise UserError(f"--save-drafter: --seeds {self.seeds} trains as many; keep the one of a single seed")
         if self.save_drafter is not None and self.save_drafter.exists():
             raise UserError(f"--save-drafter {self.save_drafter}: it exists; give a new directory")
+        unknown = sorted(set(self.drafters) - {"eagle3", "ngram", "model"})
+        if unknown or not self.drafters:
+            raise UserError(f"--drafters {','.join(self.drafters)}: choose from eagle3, ngram, model")
         if self.sample_drafts not in ("greedy", "probabilistic"):
             raise UserError(f"--sample-drafts {self.sample_drafts}: choose greedy or probabilistic")
         trained = load_config(None, trainer_settings(self.settings)).trainer
@@ -108,7 +117,7 @@ def run(options: ReplayOptions) -> int:
     from trainer.recording import Recording
 
     recording = Recording(options.recording.expanduser())
-    costs = read_costs(options.costs)
+    costs = read_costs(options.costs, "model" in _drafters(options))
     known = read_rows(options.results) if options.results is not None else []
     keys = _order(options, recording)
     plain = _replay(
@@ -151,12 +160,27 @@ def _trial(options: ReplayOptions, recording: "Recording", keys: list[str], cost
     return _Trial(outcomes, training.spent_s if training is not None else 0.0)
 
 
-def read_costs(file: Path) -> StepTimeModel:
-    """The step-time model that `aurora bench --json` measured. Raises UserError for a file that has none."""
+def read_costs(file: Path, draft_model: bool = False) -> StepTimeModel:
+    """The step-time model that `aurora bench --json` measured; `draft_model`: those of the draft model are needed.
+
+    Raises UserError for a file that lacks them.
+    """
     try:
-        return StepTimeModel.known(json.loads(file.read_text())["step_costs"])
+        costs = json.loads(file.read_text())["step_costs"]
+        model = StepTimeModel.known(costs)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--costs {file}: {error!r}; give a file that `aurora bench --json` wrote") from error
+    missing = [name for name in MODEL_COSTS if name not in costs]
+    if draft_model and missing:
+        raise UserError(
+            f"--costs {file}: no cost of {missing[0]}; add it from aurora_step_cost_seconds of a server "
+            "with that drafter"
+        )
+    return model
+
+
+def _drafters(options: ReplayOptions) -> tuple[str, ...]:
+    return options.drafters if options.policy == "portfolio" else _DRAFTERS.get(options.policy, ("eagle3",))
 
 
 def _order(options: ReplayOptions, recording: "Recording") -> list[str]:
@@ -171,7 +195,16 @@ def _order(options: ReplayOptions, recording: "Recording") -> list[str]:
     return present[: options.limit]
 
 
-_Draft = Callable[["Recorded"], Any]  # neural drafts from each start, [starts, k], and the version that drew them
+@dataclass(frozen=True, eq=False)
+class _Drafted:
+    """What the drafters with weights draft along one request's text, [starts, k] each; None: there is no such."""
+
+    neural: Any = None
+    model: Any = None
+    version: int = TABLE_VERSION  # of the neural drafter
+
+
+_Draft = Callable[["Recorded"], _Drafted]
 
 
 def policy_of(
@@ -187,26 +220,44 @@ def policy_of(
 
     config = _config(options, recording, run_dir)
     portfolio = Portfolio(config.speculation, options.k_max)
-    if options.policy == "ngram_table":
+    if set(config.speculation.drafters) == {"ngram"}:
         return PortfolioSpeculator(portfolio, options.k_max), None, None
     model_dir = model_directory(resolve_model(config.model, config.cache_dir))
     speculator = PortfolioSpeculator(portfolio, options.k_max)
     from trainer.loop import TrainerLoop
 
     loop = TrainerLoop(config, model_dir, clock=lambda: speculator.now_s)
-    training = Training(loop, options.train_share, portfolio.controller.drafter_changed, options.codec)
+    training = Training(loop, options.train_share, portfolio.controller, options.codec)
     if options.policy in _LEARNING:
         speculator.training = training
     return speculator, training, _drafting(options, recording, loop, model_dir)
 
 
 def _drafting(options: ReplayOptions, recording: "Recording", loop: "TrainerLoop", model_dir: Path) -> _Draft:
-    """What the live neural drafter drafts along a request's text, as far as verification accepts it."""
+    """What the live drafters draft along a request's text, as far as verification accepts it."""
+    from trainer.text import greedy_text
+
+    neural = _neural(options, recording, loop, model_dir) if "eagle3" in _drafters(options) else None
+    second = loop.draft_model
+
+    def draft(request: "Recorded") -> _Drafted:
+        return _Drafted(
+            neural=neural(request) if neural is not None else None,
+            model=greedy_text(second.live, request, options.k_max) if second is not None else None,
+            version=loop.version,
+        )
+
+    return draft
+
+
+def _neural(
+    options: ReplayOptions, recording: "Recording", loop: "TrainerLoop", model_dir: Path
+) -> Callable[["Recorded"], Any]:
     from trainer.verify import Sampling, greedy_drafts, sampled_drafts, text_law
 
     how = recording.manifest
     if options.sample_drafts == "greedy" or how.temperature == 0:
-        return lambda request: (greedy_drafts(loop.live, request, options.k_max), loop.version)
+        return lambda request: greedy_drafts(loop.live, request, options.k_max)
     import torch
 
     from drafters import TargetWeights
@@ -217,19 +268,15 @@ def _drafting(options: ReplayOptions, recording: "Recording", loop: "TrainerLoop
 
     def draft(request: "Recorded") -> Any:
         law = text_law(request, head, loop.live.draft_ids, sampling)
-        drafts = sampled_drafts(
-            loop.live, request, options.k_max, law, temperature=how.temperature, generator=generator
-        )
-        return drafts, loop.version
+        return sampled_drafts(loop.live, request, options.k_max, law, temperature=how.temperature, generator=generator)
 
     return draft
 
 
 def _config(options: ReplayOptions, recording: "Recording", run_dir: Path) -> AuroraConfig:
-    drafters = {"ngram_table": ("ngram",), "portfolio": ("eagle3", "ngram")}.get(options.policy, ("eagle3",))
-    speculation: dict[str, Any] = {"k_max": options.k_max, "drafters": drafters, "drafter": options.drafter}
+    speculation: dict[str, Any] = {"k_max": options.k_max, "drafters": _drafters(options), "drafter": options.drafter}
     speculation |= {"draft_vocab": options.draft_vocab, "fixed_k": options.fixed_k}
-    speculation |= {"cluster_domains": options.domains == "clusters"}
+    speculation |= {"draft_layers": options.draft_layers, "cluster_domains": options.domains == "clusters"}
     overrides: dict[str, Any] = {"model": recording.manifest.model, "run_dir": run_dir, "trainer.seed": options.seed}
     overrides |= {f"speculation.{name}": value for name, value in speculation.items()}
     return load_config(None, overrides | trainer_settings(options.settings))
@@ -249,9 +296,9 @@ class Arrivals:
         for number, key in enumerate(self.keys):
             request = self.recording.read(key)
             told = request.domain if self.options.domains == "labels" else ""
-            drafted, version = self.draft(request) if self.draft is not None else (None, TABLE_VERSION)
-            self.outcomes.append(Outcome(request.domain))
-            yield Live(f"{number}", request, drafted, self.outcomes[-1], told, version)
+            drafted = self.draft(request) if self.draft is not None else _Drafted()
+            self.outcomes.append(outcome := Outcome(request.domain))
+            yield Live(f"{number}", request, drafted.neural, outcome, told, drafted.version, drafted.model)
 
 
 def _replay(name: str, arrivals: Arrivals, clockwork: Clockwork) -> list[Outcome]:

@@ -85,9 +85,9 @@ def tokens_per_step(before: Scrape | None, after: Scrape | None) -> float | None
 
 
 def versions_seen(scrapes: Sequence[Scrape | None]) -> list[int]:
-    """Drafter versions that were live at a scrape or drafted between two, ascending; empty where no version is told."""
+    """Neural drafter versions that were live at a scrape or drafted between two, ascending; empty where unknown."""
     known = [s for s in scrapes if s is not None]
     seen = {s.live_version for s in known if s.live_version is not None}
     for before, after in pairwise(known):
         seen |= {v for v, growth in _grown(before.draft_steps, after.draft_steps).items() if growth > 0}
-    return sorted(seen - {_VLLM_VERSION, TABLE_VERSION})
+    return sorted(version for version in seen if version > TABLE_VERSION)

@@ -18,7 +18,9 @@ import numpy as np
 from aurora.codec import CODECS, TAPS, TraceCodec
 
 SCHEMA_VERSION = 2
-TABLE_VERSION = 0  # stands for the n-gram table where a drafter version is named; published versions count from 1
+# Where a drafter version is named, published versions of the neural drafter count from 1, those of the draft model
+# from -1 downwards, and this stands for the n-gram table.
+TABLE_VERSION = 0
 
 
 class DraftTrace(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
@@ -44,11 +46,9 @@ class DraftTrace(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     top_q_ids: np.ndarray  # [k, m] int32: the drafter's m likeliest tokens at each draft; m = 0 for greedy drafting
     top_q: np.ndarray  # [k, m] float32
     codec: str = "bf16"  # form of the two arrays below, a name in `aurora.codec.CODECS`
-    hidden: (
-        np.ndarray
-    )  # [n, H] uint16 (bf16 bits), or encoded: the target's last hidden state, input of its frozen head
+    hidden: np.ndarray  # [n, H] uint16 (bf16 bits), or encoded: the target's last hidden state, its head's input
     aux: np.ndarray  # [n, 3H] uint16 (bf16 bits), or encoded: the tapped layers' states, concatenated
-    drafter_version: int  # version whose weights drafted input_ids[1:], or TABLE_VERSION
+    drafter_version: int  # version that drafted input_ids[1:]: above 0 neural, below 0 draft model, TABLE_VERSION
     temperature: float
     top_p: float
     top_k: int  # 0: unlimited

@@ -44,12 +44,11 @@ class Attention(nn.Module):
 class GatedMLP(nn.Module):
     """SiLU-gated feed-forward block."""
 
-    def __init__(self, config: Eagle3Config) -> None:
+    def __init__(self, size: int, inner: int) -> None:
         super().__init__()
-        h, inner = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(h, inner, bias=False)
-        self.up_proj = nn.Linear(h, inner, bias=False)
-        self.down_proj = nn.Linear(inner, h, bias=False)
+        self.gate_proj = nn.Linear(size, inner, bias=False)
+        self.up_proj = nn.Linear(size, inner, bias=False)
+        self.down_proj = nn.Linear(inner, size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return cast("Tensor", self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)))
@@ -61,7 +60,7 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: Eagle3Config) -> None:
         super().__init__()
         self.self_attn = Attention(config)
-        self.mlp = GatedMLP(config)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)

@@ -20,7 +20,7 @@ from drafters.eagle3 import Eagle3
 from drafters.target import TargetWeights
 from drafters.vocab import to_mask
 
-_REMEDY = "give a drafter trained for this target, or remove it to start from the target's own weights"
+REMEDY = "give a drafter trained for this target, or remove it to start from the target's own weights"
 
 
 def save_drafter(model: Eagle3, directory: Path, speculative_tokens: int, target: TargetWeights) -> None:
@@ -79,7 +79,7 @@ def load_drafter(directory: Path, target: TargetWeights) -> Eagle3:
     Raises DrafterRefused naming the file or key that is wrong: keys, shapes, types, non-finite values, another target.
     """
     config = _check_config(directory, target.config, target.name, target.fingerprint)
-    tensors = _read_tensors(directory / "model.safetensors")
+    tensors = read_tensors(directory / "model.safetensors")
     _check_tensors(tensors, config, directory / "model.safetensors")
     model = Eagle3(config, target.embed_tokens)
     model.load_state_dict(tensors)
@@ -100,20 +100,20 @@ def _check_config(directory: Path, target: dict[str, Any], target_name: str, fin
         marked = found.get("aurora", {}).get("target_fingerprint")
         layer = {**found["transformer_layer_config"]}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DrafterRefused(f"{path}: not an EAGLE-3 drafter in speculators format ({error}); {_REMEDY}") from error
+        raise DrafterRefused(f"{path}: not an EAGLE-3 drafter in speculators format ({error}); {REMEDY}") from error
     optional = {"attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False, "hidden_act": "silu"}
-    _compare(path, {**optional, "head_dim": config.head_dim, **layer}, wanted["transformer_layer_config"])
+    compare_config(path, {**optional, "head_dim": config.head_dim, **layer}, wanted["transformer_layer_config"])
     tapped = {"eagle_aux_hidden_state_layer_ids": list(default_aux_layers(target["num_hidden_layers"]))}
     plain = {"fc_norm": False, "norm_before_fc": False, "norm_output": False, "norm_before_residual": False}
     defaults = {**plain, **tapped, "target_hidden_size": config.hidden_size, "norm_before_residual": True}
     wanted = {**plain, **tapped, "speculators_model_type": "eagle3", "target_hidden_size": config.hidden_size}
-    _compare(path, {**defaults, **found}, wanted)
+    compare_config(path, {**defaults, **found}, wanted)
     if fingerprint and marked and marked != fingerprint:
-        raise DrafterRefused(f"{path}: this drafter was trained for another model than {target_name}; {_REMEDY}")
+        raise DrafterRefused(f"{path}: this drafter was trained for another model than {target_name}; {REMEDY}")
     return config
 
 
-def _compare(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+def compare_config(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Raise DrafterRefused for the first key of `wanted` that `found` holds with another value."""
     for key, value in wanted.items():
         if key == "max_position_embeddings":
@@ -121,14 +121,15 @@ def _compare(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
         given = found.get(key)
         near = isinstance(value, float) and isinstance(given, int | float) and abs(given - value) <= 1e-6 * abs(value)
         if given != value and not near:
-            raise DrafterRefused(f"{path}: {key} is {given!r}, the target needs {value!r}; {_REMEDY}")
+            raise DrafterRefused(f"{path}: {key} is {given!r}, the target needs {value!r}; {REMEDY}")
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a drafter's file. Raises DrafterRefused when it cannot be read."""
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise DrafterRefused(f"{path}: not readable: {error}; {_REMEDY}") from error
+        raise DrafterRefused(f"{path}: not readable: {error}; {REMEDY}") from error
     return {name.replace("midlayer.", "layers.0."): tensor for name, tensor in tensors.items()}
 
 
@@ -136,16 +137,16 @@ def _check_tensors(tensors: dict[str, Tensor], config: Eagle3Config, path: Path)
     shapes = config.shapes()
     odd = sorted(tensors.keys() ^ shapes.keys())
     if odd:
-        raise DrafterRefused(f"{path}: key {odd[0]!r} is {'unknown' if odd[0] in tensors else 'missing'}; {_REMEDY}")
+        raise DrafterRefused(f"{path}: key {odd[0]!r} is {'unknown' if odd[0] in tensors else 'missing'}; {REMEDY}")
     for name, tensor in tensors.items():
         kind = {"d2t": tensor.dtype == torch.int64, "t2d": tensor.dtype == torch.bool}
         if tuple(tensor.shape) != shapes[name]:
-            raise DrafterRefused(f"{path}: {name} has shape {tuple(tensor.shape)}, not {shapes[name]}; {_REMEDY}")
+            raise DrafterRefused(f"{path}: {name} has shape {tuple(tensor.shape)}, not {shapes[name]}; {REMEDY}")
         if not kind.get(name, tensor.is_floating_point()):
-            raise DrafterRefused(f"{path}: {name} has type {tensor.dtype}; {_REMEDY}")
+            raise DrafterRefused(f"{path}: {name} has type {tensor.dtype}; {REMEDY}")
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise DrafterRefused(f"{path}: {name} holds values that are not finite; {_REMEDY}")
+            raise DrafterRefused(f"{path}: {name} holds values that are not finite; {REMEDY}")
     ids = tensors["d2t"] + torch.arange(config.draft_vocab_size)
     sane = bool((ids.diff() > 0).all()) and int(ids[0]) >= 0 and int(ids[-1]) < config.vocab_size
     if not sane or not torch.equal(tensors["t2d"], to_mask(ids, config.vocab_size)):
-        raise DrafterRefused(f"{path}: d2t and t2d do not describe ascending ids of one vocabulary; {_REMEDY}")
+        raise DrafterRefused(f"{path}: d2t and t2d do not describe ascending ids of one vocabulary; {REMEDY}")

@@ -6,6 +6,7 @@ the lower tapped states, starts as small noise drawn from `seed`.
 """
 
 import fcntl
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -62,14 +63,19 @@ def ensure_drafter(store: DrafterStore, target_dir: Path, speculation: Speculati
     Processes that start together may all call it: one of them fills the store. Raises DrafterRefused when what is there
     does not belong to the target, ValueError for a target without drafters.
     """
+    version = newest_or(store, lambda: _publish_first(store, target_dir, speculation, seed))
+    check_directory(version.path, target_dir)
+    return version
+
+
+def newest_or(store: DrafterStore, publish_first: Callable[[], DrafterVersion]) -> DrafterVersion:
+    """The newest version, its files verified; one process calls `publish_first` when there is none."""
     with (store.root / ".first-version").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         newest = store.latest()
         if newest is None:
-            return _publish_first(store, target_dir, speculation, seed)
-    version = store.verify(newest)
-    check_directory(version.path, target_dir)
-    return version
+            return publish_first()
+    return store.verify(newest)
 
 
 def _publish_first(store: DrafterStore, target_dir: Path, speculation: SpeculationConfig, seed: int) -> DrafterVersion:

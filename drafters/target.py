@@ -67,6 +67,13 @@ class TargetWeights:
         return hashlib.sha256(torch.cat([self.norm[None], self.embed_tokens[:64]]).cpu().numpy().tobytes()).hexdigest()
 
 
+def read_layers(model_dir: Path, layers: tuple[int, ...], device: str = "cpu") -> list[dict[str, Tensor]]:
+    """Some decoder layers, each as `TargetWeights.last_layer`. Raises ValueError naming a tensor that is missing."""
+    keys = {(layer, part): f"model.layers.{layer}.{part}.weight" for layer in layers for part in _LAYER_PARTS}
+    tensors = _read(model_dir, set(keys.values()), device)
+    return [{f"{part}.weight": tensors[keys[layer, part]] for part in _LAYER_PARTS} for layer in layers]
+
+
 def _read(model_dir: Path, keys: set[str], device: str) -> dict[str, Tensor]:
     """The named tensors in float32, from whichever files hold them."""
     tensors = {}

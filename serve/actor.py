@@ -82,10 +82,15 @@ class Server:
         forwarder = TraceForwarder(ingest, exporter, _trace_log(self.config))
         report_to = _report_to(self.reporter) if self.reporter is not None else None
         guard = VersionGuard(engine.drafter.number)
-        loops = [
-            collect_forever(engine, self.config, forwarder, (exporter.update, guard.observe), report_to),
-            swap_forever(engine, DrafterStore(self.config.store_dir), exporter, guard),
-        ]
+        observers = [exporter.update, guard.observe]
+        loops = [swap_forever(engine, DrafterStore(self.config.store_dir), exporter, guard)]
+        if engine.draft_model is not None:
+            second = VersionGuard(engine.draft_model.number, sign=-1)
+            exporter.set("aurora_draft_model_version", second.live)
+            observers.append(second.observe)
+            store = DrafterStore(self.config.draft_model_dir)
+            loops.append(swap_forever(engine, store, exporter, second, kind="model"))
+        loops.append(collect_forever(engine, self.config, forwarder, observers, report_to))
         return [asyncio.create_task(_or_exit(loop)) for loop in loops]
 
 

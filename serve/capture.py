@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from aurora.codec import CODECS
-from aurora.trace import TABLE_VERSION, DraftTrace, carried
+from aurora.trace import DraftTrace, carried
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,13 +75,13 @@ _Span = tuple[int, int]  # first row, one past the last
 
 @dataclass(frozen=True)
 class Versions:
-    """Who made the drafts of a step: the n-gram table those of `from_table`, one drafter version all others."""
+    """Who made the drafts of a step: `others` those of some requests, one neural drafter version all the rest."""
 
     neural: int
-    from_table: frozenset[str]
+    others: Mapping[str, int]  # request -> version as `aurora.trace` counts them
 
     def of(self, request_id: str) -> int:
-        return TABLE_VERSION if request_id in self.from_table else self.neural
+        return self.others.get(request_id, self.neural)
 
 
 def bf16_bits(rows: "Tensor") -> np.ndarray:

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from aurora.config import AuroraConfig, UserError
 from aurora.environment import available_memory, kv_cache_bytes
 from aurora.store import DrafterStore, DrafterVersion
-from drafters import ensure_drafter
+from drafters import TargetWeights, ensure_draft_model, ensure_drafter
 from serve.plugin import ENGINE_ENV
 
 _SCHEDULER = "serve.scheduler.AuroraScheduler"
@@ -24,6 +24,7 @@ class RunningEngine:
     client: Any  # vllm.v1.engine.async_llm.AsyncLLM
     args: Namespace  # vLLM's serve arguments
     drafter: DrafterVersion | None  # None without speculation
+    draft_model: DrafterVersion | None = None  # None where no draft model drafts
 
 
 def parse_vllm_args(model: str, flags: tuple[str, ...]) -> Namespace:
@@ -53,6 +54,7 @@ def start_engine(config: AuroraConfig, model_dir: Path) -> RunningEngine:
     args.served_model_name = args.served_model_name or [config.model]
     _set_defaults(args, config.vllm_args)
     drafter = _first_drafter(config, model_dir) if config.speculation.enabled else None
+    draft_model = _first_draft_model(config, model_dir)
     if drafter is not None:
         _speculate(args, config, drafter)
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -69,7 +71,7 @@ def start_engine(config: AuroraConfig, model_dir: Path) -> RunningEngine:
         raise
     except (ValueError, RuntimeError, OSError) as error:
         raise UserError(f"the engine did not start: {_cause(error)}") from error
-    return RunningEngine(client, args, drafter)
+    return RunningEngine(client, args, drafter, draft_model)
 
 
 async def install_seams(engine: RunningEngine, config: AuroraConfig) -> None:
@@ -83,6 +85,7 @@ async def install_seams(engine: RunningEngine, config: AuroraConfig) -> None:
         "store_dir": str(config.store_dir.resolve()),
         "version": engine.drafter.number,
         "gated_rates": [float(r) for r in engine.drafter.metadata.get("gated_rates") or []],
+        "draft_model": _draft_model_settings(engine, config),
     }
     found = await engine.client.collective_rpc("aurora_install", args=(settings,))
     if not found:
@@ -95,6 +98,23 @@ def _first_drafter(config: AuroraConfig, model_dir: Path) -> DrafterVersion:
         return ensure_drafter(DrafterStore(config.store_dir), model_dir, config.speculation, config.trainer.seed)
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def _first_draft_model(config: AuroraConfig, model_dir: Path) -> DrafterVersion | None:
+    """The same for the draft model; None where none is asked for."""
+    if not config.speculation.enabled or "model" not in config.speculation.drafters:
+        return None
+    try:
+        target = TargetWeights.load(model_dir)
+        return ensure_draft_model(DrafterStore(config.draft_model_dir), target, config.speculation)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _draft_model_settings(engine: RunningEngine, config: AuroraConfig) -> dict[str, Any] | None:
+    if engine.draft_model is None:
+        return None
+    return {"store_dir": str(config.draft_model_dir.resolve()), "version": engine.draft_model.number}
 
 
 def _set_defaults(args: Namespace, flags: tuple[str, ...]) -> None:

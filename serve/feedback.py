@@ -119,11 +119,17 @@ async def collect_forever(
 
 
 async def swap_forever(
-    engine: RunningEngine, store: DrafterStore, exporter: PrometheusExporter, guard: VersionGuard, poll_s: float = 1.0
+    engine: RunningEngine,
+    store: DrafterStore,
+    exporter: PrometheusExporter,
+    guard: VersionGuard,
+    *,
+    poll_s: float = 1.0,
+    kind: str = "eagle3",
 ) -> None:
     """Keep the store's latest version in the engine; one that cannot be swapped in or turns out worse is rejected.
 
-    Rejecting a live version makes an older one the latest, which is the rollback.
+    Rejecting a live version makes an older one the latest, which is the rollback. kind: `eagle3` or `model`.
     """
     while True:
         await asyncio.sleep(poll_s)
@@ -135,31 +141,34 @@ async def swap_forever(
         if latest is None or latest == guard.live:
             continue
         try:
-            await swap(engine, latest)
+            await swap(engine, latest, kind)
         except SwapFailed as error:
             exporter.inc("aurora_swap_failures_total", {}, 1)
             log.error("drafter version %d is not used: %s", latest, error)
             store.reject(latest, str(error))
         else:
             guard.swapped(latest)
+            if kind == "model":
+                exporter.set("aurora_draft_model_version", latest)
 
 
 class SwapFailed(RuntimeError):
     """The version was not brought in; the drafter before it still drafts."""
 
 
-async def swap(engine: RunningEngine, number: int) -> float:
+async def swap(engine: RunningEngine, number: int, kind: str = "eagle3") -> float:
     """Stage a version beside serving, then exchange it between two steps; returns the stall in seconds.
 
     The target's checksum is taken before and after. Raises SwapFailed when the version was refused or rolled back, and
     RuntimeError when the target changed: then the engine must not go on.
     """
     rpc = engine.client.collective_rpc
+    which = () if kind == "eagle3" else (kind,)
     try:
         ((before, _),) = await rpc("aurora_checksums")
-        await rpc("aurora_stage", args=(number,))
-        await _until_staged(engine)
-        stalls: list[float] = await rpc("aurora_commit")
+        await rpc("aurora_stage", args=(number, *which))
+        await _until_staged(engine, which)
+        stalls: list[float] = await rpc("aurora_commit", args=which)
         ((after, _),) = await rpc("aurora_checksums")
     except DrafterRefused as error:
         raise SwapFailed(str(error)) from error
@@ -169,12 +178,12 @@ async def swap(engine: RunningEngine, number: int) -> float:
         raise SwapFailed(str(error)) from error
     if before != after:
         raise RuntimeError(f"swap to drafter version {number} changed the target: checksum {before} became {after}")
-    log.info("drafter version %d is live after a stall of %.4f s", number, max(stalls))
+    log.info("%s version %d is live after a stall of %.4f s", kind, number, max(stalls))
     return max(stalls)
 
 
-async def _until_staged(engine: RunningEngine) -> None:
+async def _until_staged(engine: RunningEngine, which: tuple[str, ...]) -> None:
     done = False
     while not done:
         await asyncio.sleep(_STAGE_POLL_S)
-        done = all(await engine.client.collective_rpc("aurora_staged"))
+        done = all(await engine.client.collective_rpc("aurora_staged", args=which))

@@ -2,17 +2,17 @@
 
 It knows requests and tokens, no engine: the scheduler drives it with live steps, `aurora replay` with recorded ones.
 Order of calls in a step: `begin` for requests that are new, `plan` before it runs, `observe` with what it emitted,
-`settle` with what the neural drafter drafted at its end; `finish` when a request is over.
+`settle` with what neural drafter and draft model drafted at its end; `finish` when a request is over.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from aurora.config import SpeculationConfig
 from aurora.controller import Draft, Offer, Plan, RequestView, SpeculationController
-from aurora.goodput import NEURAL, TABLE
+from aurora.goodput import MODEL, NEURAL, TABLE
 from drafters.ngram import NO_PROPOSAL, Proposal, Tokens
 from drafters.served_text import ServedText
 from serve.domains import Domains
@@ -25,16 +25,20 @@ class Drafts:
     neural: list[int]
     table: Proposal
     chosen: Draft
+    model: list[int] = field(default_factory=list)
 
     @property
     def tokens(self) -> list[int]:
         """The drafts to verify."""
-        tokens = self.table.tokens.tolist() if self.chosen.drafter == TABLE else self.neural
-        return tokens[: self.chosen.length]
+        return self.by(self.chosen.drafter)[: self.chosen.length]
+
+    def by(self, drafter: int) -> list[int]:
+        """All that one drafter drafted."""
+        return self.table.tokens.tolist() if drafter == TABLE else self.model if drafter == MODEL else self.neural
 
 
 class Portfolio:
-    """Neural drafter, n-gram table, and the choice between them for each request and step."""
+    """Neural drafter, n-gram table, draft model, and the choice between them for each request and step."""
 
     def __init__(self, config: SpeculationConfig, k_max: int) -> None:
         self.controller = SpeculationController(
@@ -42,13 +46,14 @@ class Portfolio:
             fixed_k=config.fixed_k,
             exploration=config.exploration,
             neural="eagle3" in config.drafters,
+            model="model" in config.drafters,
         )
         self._k_max = k_max
         self._isolate = config.isolate_tenants
         self._text = ServedText(config.ngram_mib << 20) if "ngram" in config.drafters else None
         self._drafts: dict[str, Drafts] = {}  # of the step at hand
         self._plan = Plan(0, skip_drafter=True)
-        self._neural_drafts = self._right_first = 0
+        self._first_drafts = {drafter: [0, 0] for drafter in (NEURAL, MODEL)}
         self._domains = Domains(cluster=config.cluster_domains)
         self._domain_of: dict[str, str] = {}
 
@@ -78,9 +83,13 @@ class Portfolio:
         return self._plan
 
     @property
-    def from_table(self) -> frozenset[str]:
-        """Requests whose drafts, to be verified in the next step, are the table's."""
-        return frozenset(r for r, drafts in self._drafts.items() if drafts.chosen.drafter == TABLE)
+    def one_hot(self) -> dict[str, int]:
+        """Requests whose drafts, to be verified in the next step, are the table's or the draft model's: which of them.
+
+        Both draft greedily, so all of q lies on the drafted token.
+        """
+        drafters = {r: drafts.chosen.drafter for r, drafts in self._drafts.items()}
+        return {r: drafter for r, drafter in drafters.items() if drafter != NEURAL}
 
     def observe(self, request_id: str, verified: int, emitted: list[int]) -> None:
         """The target said `emitted` after verifying `verified` drafts: every draft shows how good it was.
@@ -92,32 +101,46 @@ class Portfolio:
             return
         drafts = self._drafts.get(request_id)
         if drafts is not None:
-            known = {d: max(verified, 1) if drafts.chosen.drafter == d else 1 for d in (NEURAL, TABLE)}
-            neural, table = drafts.neural[: known[NEURAL]], drafts.table.tokens[: known[TABLE]].tolist()
-            right = _agreement(neural, emitted)
-            self.controller.observe_neural(request_id, len(neural), right)
-            self.controller.observe_table(request_id, drafts.table.basis, len(table), _agreement(table, emitted))
-            self._neural_drafts += bool(neural)
-            self._right_first += right > 0
+            self._compare(request_id, drafts, verified, emitted)
         if self._text is not None and request_id in self._text:
             self._text.extend(request_id, emitted)
 
-    def take_first_drafts(self) -> tuple[int, int]:
-        """Neural drafts since the last call, and how many of them had the right first token."""
-        counted = self._neural_drafts, self._right_first
-        self._neural_drafts = self._right_first = 0
-        return counted
+    def _compare(self, request_id: str, drafts: Drafts, verified: int, emitted: list[int]) -> None:
+        """Tell the controller how good each drafter's drafts were."""
+        known, right = {}, {}
+        for drafter in (NEURAL, TABLE, MODEL):
+            tokens = drafts.by(drafter)[: max(verified, 1) if drafts.chosen.drafter == drafter else 1]
+            known[drafter], right[drafter] = len(tokens), _agreement(tokens, emitted)
+        self.controller.observe_neural(request_id, known[NEURAL], right[NEURAL])
+        self.controller.observe_model(request_id, known[MODEL], right[MODEL])
+        self.controller.observe_table(request_id, drafts.table.basis, known[TABLE], right[TABLE])
+        for drafter, counted in self._first_drafts.items():
+            counted[0] += known[drafter] > 0
+            counted[1] += right[drafter] > 0
 
-    def settle(self, neural: Mapping[str, list[int]], limits: Mapping[str, int]) -> Mapping[str, Drafts]:
+    def take_first_drafts(self, drafter: int = NEURAL) -> tuple[int, int]:
+        """Drafts of NEURAL or MODEL since the last call, and how many of them had the right first token."""
+        drafts, right = self._first_drafts[drafter]
+        self._first_drafts[drafter] = [0, 0]
+        return drafts, right
+
+    def settle(
+        self,
+        neural: Mapping[str, list[int]],
+        limits: Mapping[str, int],
+        model: Mapping[str, list[int]] | None = None,
+    ) -> Mapping[str, Drafts]:
         """Choose among the drafts of the requests that emitted a token and go on.
 
         neural: what the neural drafter drafted; of no use for cold requests. limits: longest draft each may have now.
+        model: what the draft model drafted, for some of them.
         """
+        drafted = {r: (model or {}).get(r, []) for r in neural}
         warm = {r: [] if self.controller.is_cold(r) else tokens for r, tokens in neural.items()}
         table = {r: self._propose(r) for r in neural}
-        offers = {r: Offer(limits[r], len(tokens), table[r].basis) for r, tokens in warm.items()}
+        offers = {r: Offer(limits[r], len(tokens), table[r].basis, len(drafted[r])) for r, tokens in warm.items()}
         chosen = self.controller.settle(self._plan, offers)
-        self._drafts = {r: Drafts(warm[r], table[r], draft) for r, draft in chosen.items()}
+        self._drafts = {r: Drafts(warm[r], table[r], draft, drafted[r]) for r, draft in chosen.items()}
         return self._drafts
 
     def finish(self, request_ids: Iterable[str]) -> None:

@@ -48,17 +48,21 @@ class StepCounter:
             self._skipped += notes.skip_drafter
             self._busy_s += notes.measured_s
             self._step_error, self._step_costs = notes.step_error, notes.step_costs
-            drafts, right = notes.first_drafts
-            if drafts:
-                counted = self._first_drafts[notes.drafts_version]
-                counted[0] += drafts
-                counted[1] += right
+            self._add_first_drafts(notes.drafts_version, *notes.first_drafts)
+            self._add_first_drafts(-notes.model_version, *notes.model_first_drafts)
             if notes.predicted_s:
                 self._predicted_s += notes.predicted_s
                 self._predicted_tokens += notes.predicted_tokens
                 self._measured_s += notes.measured_s
 
+    def _add_first_drafts(self, version: int, drafts: int, right: int) -> None:
+        if drafts:
+            counted = self._first_drafts[version]
+            counted[0] += drafts
+            counted[1] += right
+
     def swapped(self, version: int, seconds: float) -> None:
+        """Count a swap; `version` of the neural drafter is live."""
         self._version, self._swaps, self._swap_s = version, self._swaps + 1, seconds
 
     def take(self, traces: int, trace_bytes: int, sink: "TraceSink | None") -> EngineReport:

@@ -1,10 +1,10 @@
 """vLLM's scheduler with a drafter and a speculation length for each request (seam: `--scheduler-cls`, vLLM 0.32-0.33,
 synchronous).
 
-`schedule` asks the controller what the neural drafter shall draft at the end of the step it returns
-(`num_spec_tokens_to_schedule`); `update_draft_token_ids` sees what it drafted, adds the n-gram table's drafts, and puts
-in place what the controller chooses for each request. Notes to and from the worker ride on the objects that vLLM sends
-between the two anyway.
+`schedule` asks the controller what neural drafter and draft model shall draft at the end of the step it returns (for
+the former `num_spec_tokens_to_schedule`); `update_draft_token_ids` sees what they drafted, adds the n-gram table's
+drafts, and puts in place what the controller chooses for each request. Notes to and from the worker ride on the objects
+that vLLM sends between the two anyway.
 """
 
 import time
@@ -16,7 +16,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from aurora.config import SpeculationConfig
 from aurora.controller import Plan, RequestView
-from aurora.goodput import StepWork
+from aurora.goodput import MODEL, StepWork
 from serve.portfolio import Drafts, Portfolio
 
 if TYPE_CHECKING:
@@ -32,7 +32,9 @@ class StepNotes:
     """Scheduler to worker: the plan for this step's drafting, who drafted what it verifies, how the last step went."""
 
     skip_drafter: bool
-    from_table: frozenset[str]  # requests whose drafts in this step are the n-gram table's
+    one_hot: dict[str, int]  # who drafted (TABLE, MODEL) what requests verify that is not the neural drafter's
+    model_cap: int  # tokens that the draft model drafts at the end of this step
+    model_for: frozenset[str]  # for these requests
     predicted_s: float  # of the previous step; 0.0 if unknown
     predicted_tokens: float  # expected of the previous step, of its decoding requests
     measured_s: float  # of the previous step; 0.0 if there was none
@@ -41,6 +43,8 @@ class StepNotes:
     drafts_version: int  # drafter version that made the neural drafts of the previous step
     first_drafts: tuple[int, int]  # of them: how many there were, and how many had the right first token
     began: dict[str, str]  # requests whose first step this is -> domain; not those of the domain ""
+    model_version: int  # draft model version that drafted in the previous step
+    model_first_drafts: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,9 @@ class DraftNotes:
     version: int  # drafter version that made them
     gated_rates: list[float]  # conditional acceptance per position from that version's gate
     real: bool  # False: vLLM filled in placeholder drafts (sequence at the model's length limit)
+    model: dict[str, list[int]]  # what the draft model drafted
+    model_version: int  # that drafted it, or is live
+    model_gated_rates: list[float]
 
 
 class AuroraScheduler(Scheduler):
@@ -67,6 +74,7 @@ class AuroraScheduler(Scheduler):
         self._last = (0.0, 0.0, 0.0)  # the last step: predicted seconds and tokens, measured seconds
         self._version: int | None = None
         self._began: dict[str, str] = {}  # as in `StepNotes`, of the step at hand
+        self._model_version: int | None = None
 
     def schedule(self, throttle_prefills: bool = False) -> "SchedulerOutput":
         output = super().schedule(throttle_prefills)
@@ -97,15 +105,20 @@ class AuroraScheduler(Scheduler):
             if self._version is not None:
                 self.controller.drafter_changed(notes.gated_rates)
             self._version = notes.version
+        if notes is not None and notes.model_version != self._model_version:
+            if self._model_version is not None:
+                self.controller.model_changed(notes.model_gated_rates)
+            self._model_version = notes.model_version
         real = notes is None or notes.real
         pairs = zip(draft_token_ids.req_ids, draft_token_ids.draft_token_ids, strict=True)
-        drafts = self._settle({r: tokens if real else [] for r, tokens in pairs if self._goes_on(r)})
+        neural = {r: tokens if real else [] for r, tokens in pairs if self._goes_on(r)}
+        drafts = self._settle(neural, notes.model if notes is not None else {})
         for i, request_id in enumerate(draft_token_ids.req_ids):
             draft_token_ids.draft_token_ids[i] = drafts[request_id].tokens if request_id in drafts else []
         super().update_draft_token_ids(draft_token_ids)
 
-    def _settle(self, neural: dict[str, list[int]]) -> Mapping[str, Drafts]:
-        return self.portfolio.settle(neural, {r: self._limit(self.requests[r], emitting=1) for r in neural})
+    def _settle(self, neural: dict[str, list[int]], model: dict[str, list[int]]) -> Mapping[str, Drafts]:
+        return self.portfolio.settle(neural, {r: self._limit(self.requests[r], emitting=1) for r in neural}, model)
 
     def _goes_on(self, request_id: str) -> bool:
         """Whether the request emitted a token in this step and needs another one."""
@@ -153,6 +166,9 @@ class AuroraScheduler(Scheduler):
             context_tokens=sum(self.requests[r].num_tokens for r in output.num_scheduled_tokens),
             draft_first=int(not self._plan.skip_drafter),
             draft_more=max(self._plan.cap - 1, 0),
+            model_first=int(self._plan.model_cap > 0),
+            model_read=self._plan.model_read,
+            model_more=max(self._plan.model_cap - 1, 0),
         )
 
     def _decodes(self, request_id: str, output: "SchedulerOutput") -> bool:
@@ -165,7 +181,9 @@ class AuroraScheduler(Scheduler):
         self._last = (0.0, 0.0, 0.0)
         return StepNotes(
             skip_drafter=self._plan.skip_drafter,
-            from_table=self.portfolio.from_table,
+            one_hot=self.portfolio.one_hot,
+            model_cap=self._plan.model_cap,
+            model_for=self._plan.model_for,
             predicted_s=seconds,
             predicted_tokens=tokens,
             measured_s=measured,
@@ -174,6 +192,8 @@ class AuroraScheduler(Scheduler):
             drafts_version=self._version or 0,
             first_drafts=self.portfolio.take_first_drafts(),
             began=self._began,
+            model_version=self._model_version or 0,
+            model_first_drafts=self.portfolio.take_first_drafts(MODEL),
         )
 
     def _observe_time(self, work: StepWork, seconds: float) -> None:

@@ -57,7 +57,7 @@ class Step:
     def captured(self, codec: str, prompt_tokens: int = 100) -> list[DraftTrace]:
         sink = TraceSink(1 << 20)
         capture = Capture(self.runner, sink, prompt_tokens, 0, codec)
-        capture.record(self.state, self.sampled, Versions(1, frozenset()))
+        capture.record(self.state, self.sampled, Versions(1, {}))
         return sink.drain(1 << 20)
 
 
@@ -142,7 +142,7 @@ def _step(capture: Capture, sink: TraceSink) -> dict[str, str]:
         hidden_states=rows,
         aux_hidden_states=[rows] * 3,
     )
-    capture.record(state, torch.ones(len(requests), 1, dtype=torch.int64), Versions(1, frozenset()))
+    capture.record(state, torch.ones(len(requests), 1, dtype=torch.int64), Versions(1, {}))
     return {trace.request_id: trace.domain for trace in sink.drain(1 << 20)}
 
 

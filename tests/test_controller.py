@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from aurora.controller import NEURAL, TABLE, Offer, RequestView, SpeculationController
-from aurora.goodput import StepWork
+from aurora.controller import MODEL, NEURAL, TABLE, Offer, RequestView, SpeculationController
+from aurora.goodput import COSTS, StepTimeModel, StepWork
 from drafters.ngram import Basis
 
 K = 4
@@ -24,16 +24,20 @@ class _Engine:
     controller: SpeculationController
     neural: float | None
     table: float | None = None
+    model: float | None = None
     requests: int = 4
     life: int = 60
     costs: tuple[float, ...] = (0.06, 0.002, 0.008, 0.004, 0.003)  # constant, request, draft, first pass, further pass
+    model_costs: tuple[float, ...] = (0.004, 0.0002, 0.003)  # first pass, token that it reads, further pass
     tokens: int = 0
     seconds: float = 0.0
     drafted: int = 0  # steps in which the neural drafter drafted
-    used: dict[int, int] = field(default_factory=lambda: {NEURAL: 0, TABLE: 0})
+    model_read: int = 0  # tokens that the draft model read
+    used: dict[int, int] = field(default_factory=lambda: {NEURAL: 0, TABLE: 0, MODEL: 0})
     _pending: dict[str, tuple[int, int]] = field(default_factory=dict)
     _warm: set[str] = field(default_factory=set)
     _drafted_for: set[str] = field(default_factory=set)
+    _model_drafted_for: frozenset[str] = frozenset()
     _rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
 
     def run(self, steps: int) -> "_Engine":
@@ -60,27 +64,38 @@ class _Engine:
             context_tokens=100 * self.requests,
             draft_first=int(not plan.skip_drafter),
             draft_more=max(plan.cap - 1, 0),
+            model_first=int(plan.model_cap > 0),
+            model_read=plan.model_read,
+            model_more=max(plan.model_cap - 1, 0),
         )
         parts = (1, work.requests, work.drafts, work.draft_first, work.draft_more)
-        took = sum(cost * part for cost, part in zip(self.costs, parts, strict=True))
+        parts = (*parts, work.model_first, work.model_read, work.model_more)
+        took = sum(cost * part for cost, part in zip((*self.costs, *self.model_costs), parts, strict=True))
         self.controller.observe_step(work, took)
         self.seconds += took
         self.drafted += plan.cap > 0
+        self.model_read += plan.model_read
+        self._model_drafted_for = plan.model_for
         self._drafted_for = self._warm if plan.cap else set()
         table = _basis() if self.table is not None else None
-        drafts = self.controller.settle(plan, {n: Offer(K, plan.cap if n in self._warm else 0, table) for n in names})
+        model = {n: plan.model_cap if n in plan.model_for else 0 for n in names}
+        neural = {n: plan.cap if n in self._warm else 0 for n in names}
+        drafts = self.controller.settle(plan, {n: Offer(K, neural[n], table, model[n]) for n in names})
         for draft in drafts.values():
             self.used[draft.drafter] += draft.length > 0
         self._pending = {n: (d.drafter, d.length) for n, d in drafts.items()}
 
     def _verify(self, name: str, drafter: int, k: int) -> int:
         """Accepted tokens; the controller is told of every draft as far as the target's tokens are known."""
-        rates = {NEURAL: self.neural, TABLE: self.table}
+        rates = {NEURAL: self.neural, TABLE: self.table, MODEL: self.model}
         accepted = {d: int((self._rng.random(K) < (rate or 0.0)).cumprod().sum()) for d, rate in rates.items()}
         taken = min(accepted[drafter], k)
         if name in self._drafted_for:
             known = max(k if drafter == NEURAL else 1, 1)
             self.controller.observe_neural(name, known, min(accepted[NEURAL], known))
+        if name in self._model_drafted_for:
+            known = max(k if drafter == MODEL else 1, 1)
+            self.controller.observe_model(name, known, min(accepted[MODEL], known))
         if self.table is not None:
             known = max(k if drafter == TABLE else 1, 1)
             self.controller.observe_table(name, _basis(), known, min(accepted[TABLE], known))
@@ -115,6 +130,45 @@ def test_the_better_drafter_is_used():
     assert good_table.speed > 0.96 * alone.speed
     good_drafter = _Engine(SpeculationController(K), neural=0.95, table=0.2).run(1000)
     assert good_drafter.used[NEURAL] > 0.9 * 4000
+
+
+def test_a_draft_model_is_used_when_it_is_the_better_one_and_left_out_when_it_is_none():
+    good = _Engine(SpeculationController(K, model=True), neural=0.1, model=0.9).run(1000)
+    assert good.used[MODEL] > 0.8 * 4000
+    assert good.speed > 1.3 * _plain()
+    useless = _Engine(SpeculationController(K, neural=False, model=True), neural=None, model=0.0).run(3000)
+    assert useless.speed > 0.95 * _plain()
+
+
+def test_a_draft_model_that_was_no_use_is_used_again_when_it_is():
+    engine = _Engine(SpeculationController(K, neural=False, model=True), neural=None, model=0.0).run(1000)
+    engine.model, engine.used[MODEL] = 0.95, 0
+    assert engine.run(3000).used[MODEL] > 0.4 * 4 * 3000
+
+
+def test_the_draft_model_reads_a_request_once():
+    engine = _Engine(SpeculationController(K, neural=False, model=True), neural=None, model=0.9, life=100).run(100)
+    requests = 4 * 2 - 1  # the first of them ends with the run
+    assert engine.model_read <= requests * 101 + engine.used[MODEL], "the prompt, then the newest token of each step"
+
+
+def test_a_request_that_is_dear_to_read_waits_while_others_are_drafted_for():
+    """What one step gains does not pay for reading it, nor would many: it is the last tokens of a long text."""
+    controller = SpeculationController(K, neural=False, model=True, exploration=0.0)
+    controller._credit, controller._exploring = 0.0, False
+    controller.step_time = StepTimeModel.known(dict.fromkeys(COSTS, 0.0) | {"constant": 0.05, "model_read_token": 1e-3})
+    views = [RequestView("short", 8, True, K), RequestView("long", 100_000, True, K)]
+    plan = controller.plan(views)
+    assert plan.model_for == {"short"}
+    assert plan.model_read == 9
+
+
+def test_fixed_k_without_a_neural_drafter_is_the_draft_models():
+    controller = SpeculationController(K, fixed_k=2, neural=False, model=True)
+    plan = controller.plan([RequestView("a", 10, drafting=True, limit=K)])
+    assert (plan.model_cap, plan.model_for, plan.skip_drafter) == (2, {"a"}, True)
+    draft = controller.settle(plan, {"a": Offer(K, 0, _basis(), 2)})["a"]
+    assert (draft.drafter, draft.length) == (MODEL, 2)
 
 
 def test_the_table_alone_beats_no_speculation_and_gives_up_when_it_is_no_use():

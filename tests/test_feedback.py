@@ -77,6 +77,24 @@ async def test_a_swap_takes_the_targets_checksum_before_and_after() -> None:
     assert engine.calls == ["aurora_checksums", "aurora_stage", "aurora_staged", "aurora_commit", "aurora_checksums"]
 
 
+async def test_the_draft_model_is_swapped_by_the_same_steps(tmp_path: Path, exporter: PrometheusExporter) -> None:
+    store, asked = DrafterStore(tmp_path), list[tuple[object, ...]]()
+    for _ in range(2):
+        store.publish(save, {})
+    engine = Engine(
+        aurora_stage=lambda *args: asked.append(args),
+        aurora_staged=lambda *args: bool(asked.append(args)) or True,
+        aurora_commit=lambda *args: asked.append(args) or 0.01,
+    )
+    guard = VersionGuard(1, sign=-1)
+    task = asyncio.create_task(swap_forever(engine, store, exporter, guard, poll_s=0.001, kind="model"))
+    await until(lambda: guard.live == 2)
+    task.cancel()
+    assert asked == [(2, "model"), ("model",), ("model",)]
+    (live,) = [s.value for m in exporter._gauges["aurora_draft_model_version"].collect() for s in m.samples]
+    assert live == 2
+
+
 @pytest.mark.parametrize("step", ["aurora_stage", "aurora_staged", "aurora_commit"])
 async def test_a_refused_version_is_no_reason_to_stop(step: str) -> None:
     with pytest.raises(SwapFailed, match="NaN"):

@@ -7,7 +7,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aurora.goodput import NEURAL, TABLE, StepTimeModel, StepWork, choose, with_drafts
+from aurora.goodput import (
+    COSTS,
+    DRAFTERS,
+    MODEL,
+    MODEL_COSTS,
+    NEURAL,
+    TABLE,
+    Caps,
+    StepTimeModel,
+    StepWork,
+    choose,
+    with_drafts,
+)
 
 
 def _work(**changes: int) -> StepWork:
@@ -16,86 +28,105 @@ def _work(**changes: int) -> StepWork:
 
 
 def _model(costs: list[float]) -> StepTimeModel:
+    """Those at the end may be left out and are then nothing."""
     model = StepTimeModel()
-    model._costs = np.array(costs)
+    model._costs = np.array([*costs, *[0.0] * (len(COSTS) - len(costs))])
     return model
 
 
 @st.composite
 def _cases(draw):
     requests, k_max = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    if requests == 3:
+        k_max = min(k_max, 2)  # brute force takes (1 + k_max * DRAFTERS) ** requests
     rate = st.floats(0.0, 1.0)
-    rates = np.array([draw(rate) for _ in range(requests * 2 * k_max)]).reshape(requests, 2, k_max)
-    limits = np.array([[draw(st.integers(0, k_max)) for _ in range(2)] for _ in range(requests)])
+    rates = np.array([draw(rate) for _ in range(requests * DRAFTERS * k_max)]).reshape(requests, DRAFTERS, k_max)
+    limits = np.array([[draw(st.integers(0, k_max)) for _ in range(DRAFTERS)] for _ in range(requests)])
     cost = st.floats(0.0, 0.2)
-    costs = [draw(st.floats(0.01, 1.0)), *[draw(cost) for _ in range(7)]]
-    return np.cumprod(rates, axis=2), limits, costs
+    costs = [draw(st.floats(0.01, 1.0)), *[draw(cost) for _ in COSTS[1:]]]
+    unread = np.array([float(draw(st.integers(0, 5))) for _ in range(requests)])
+    return np.cumprod(rates, axis=2), limits, costs, unread
 
 
-def _goodput(options, gains, base, model) -> float:
+def _every(limits) -> list[tuple[tuple[int, int], ...]]:
+    """All ways to give each request a drafter and a length."""
+    options = [[(NEURAL, 0), *((d, k) for d in range(DRAFTERS) for k in range(1, row[d] + 1))] for row in limits]
+    return list(product(*options))
+
+
+def _emitted(options, gains) -> float:
+    return len(options) + sum(gains[i, drafter, :k].sum() for i, (drafter, k) in enumerate(options))
+
+
+def _goodput(options, gains, base, model, unread) -> float:
     """Of one (drafter, length) for each request, from the definition."""
-    cap = max((k for drafter, k in options if drafter == NEURAL), default=0)
-    emitted = len(options) + sum(gains[i, drafter, :k].sum() for i, (drafter, k) in enumerate(options))
-    return emitted / model.predict(with_drafts(base, sum(k for _, k in options), cap))
+    caps = Caps(*(max((k for d, k in options if d == drafter), default=0) for drafter in (NEURAL, MODEL)))
+    read = sum(unread[i] for i, (drafter, k) in enumerate(options) if drafter == MODEL and k)
+    work = with_drafts(base, sum(k for _, k in options), caps, read)
+    return _emitted(options, gains) / model.predict(work)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(_cases())
 def test_choice_equals_brute_force(case):
-    gains, limits, costs = case
+    gains, limits, costs, unread = case
     model, base = _model(costs), _work(requests=len(gains))
-    chosen = choose(gains, limits, base, model)
-    every = product(*([(d, k) for d in (NEURAL, TABLE) for k in range(row[d] + 1)] for row in limits))
-    assert chosen.goodput == pytest.approx(max(_goodput(options, gains, base, model) for options in every))
-    picked = list(zip(chosen.drafters, chosen.lengths, strict=True))
+    chosen = choose(gains, limits, base, model, unread=unread)
+    picked = tuple(zip(chosen.drafters, chosen.lengths, strict=True))
+    best = max(_goodput(options, gains, base, model, unread) for options in _every(limits))
+    assert chosen.goodput == pytest.approx(best)
+    assert _goodput(picked, gains, base, model, unread) == pytest.approx(best), "what it says is what it is"
     assert all(k <= limits[i, drafter] for i, (drafter, k) in enumerate(picked))
-    assert all(k <= chosen.cap for drafter, k in picked if drafter == NEURAL)
+    assert all(k <= chosen.caps.neural for drafter, k in picked if drafter == NEURAL)
+    assert all(k <= chosen.caps.model for drafter, k in picked if drafter == MODEL)
 
 
 @settings(max_examples=100, deadline=None)
-@given(_cases(), st.integers(0, 3))
-def test_with_the_drafts_already_made_the_choice_equals_brute_force(case, cap):
-    gains, limits, costs = case
-    limits[:, NEURAL] = np.minimum(limits[:, NEURAL], cap)
+@given(_cases(), st.integers(0, 3), st.integers(0, 3))
+def test_with_the_drafts_already_made_the_choice_equals_brute_force(case, neural, drafted):
+    gains, limits, costs, _ = case
+    limits[:, NEURAL], limits[:, MODEL] = np.minimum(limits[:, NEURAL], neural), np.minimum(limits[:, MODEL], drafted)
     model, base = _model(costs), _work(requests=len(gains))
-    chosen = choose(gains, limits, base, model, caps=[cap])
-    every = product(*([(d, k) for d in (NEURAL, TABLE) for k in range(row[d] + 1)] for row in limits))
-    best = 0.0
-    for options in every:
-        emitted = len(options) + sum(gains[i, d, :k].sum() for i, (d, k) in enumerate(options))
-        best = max(best, emitted / model.predict(with_drafts(base, sum(k for _, k in options), cap)))
+    caps = Caps(min(neural, gains.shape[2]), min(drafted, gains.shape[2]))
+    chosen = choose(gains, limits, base, model, caps=[caps])
+    drafts = [(options, sum(k for _, k in options)) for options in _every(limits)]
+    best = max(_emitted(options, gains) / model.predict(with_drafts(base, n, caps)) for options, n in drafts)
     assert chosen.goodput == pytest.approx(best)
+    assert chosen.caps == caps
 
 
 def test_certain_acceptance_and_free_drafts_take_the_longest():
-    choice = choose(np.ones((2, 2, 4)), np.full((2, 2), 4), _work(requests=2), _model([1.0, *[0] * 7]))
+    choice = choose(np.ones((2, DRAFTERS, 4)), np.full((2, DRAFTERS), 4), _work(requests=2), _model([1.0, *[0] * 7]))
     assert choice.lengths == (4, 4)
 
 
 def test_hopeless_drafts_are_not_made():
     costs = _model([1.0, 0, 0.1, 0, 0, 0.1, 0, 0.1])
-    choice = choose(np.zeros((2, 2, 4)), np.full((2, 2), 4), _work(requests=2), costs)
+    choice = choose(np.zeros((2, DRAFTERS, 4)), np.full((2, DRAFTERS), 4), _work(requests=2), costs)
     assert choice.lengths == (0, 0)
-    assert choice.cap == 0
+    assert choice.caps == Caps(0, 0)
 
 
 def test_equal_drafts_come_from_the_drafter_that_costs_nothing():
-    choice = choose(np.full((1, 2, 1), 0.9), np.ones((1, 2), int), _work(), _model([1.0, 0, 0, 0, 0, 0.1, 0, 0]))
+    passes = [1.0, 0, 0, 0, 0, 0.1, 0, 0, 0.1, 0, 0]
+    choice = choose(np.full((1, DRAFTERS, 1), 0.9), np.ones((1, DRAFTERS), int), _work(), _model(passes))
     assert choice.drafters == (TABLE,)
-    assert choice.cap == 0
+    assert choice.caps == Caps(0, 0)
 
 
 def test_no_requests_is_an_empty_choice():
-    choice = choose(np.zeros((0, 2, 3)), np.zeros((0, 2), dtype=np.int64), _work(requests=0), _model([1.0] * 8))
+    choice = choose(
+        np.zeros((0, DRAFTERS, 3)), np.zeros((0, DRAFTERS), dtype=np.int64), _work(requests=0), _model([1.0] * 8)
+    )
     assert choice.lengths == ()
 
 
 def test_step_time_model_recovers_costs():
     rng = np.random.default_rng(0)
-    true = np.array([0.05, 0.002, 0.01, 0.0004, 0.001, 0.006, 0.0001, 0.004])
+    true = np.array([0.05, 0.002, 0.01, 0.0004, 0.001, 0.006, 0.0001, 0.004, 0.007, 0.0002, 0.003])
     model = StepTimeModel()
     for _ in range(1500):
-        cap = int(rng.integers(0, 5))
+        cap, drafted = int(rng.integers(0, 5)), int(rng.integers(0, 5))
         requests = int(rng.integers(1, 9))
         work = StepWork(
             requests=requests,
@@ -104,11 +135,26 @@ def test_step_time_model_recovers_costs():
             context_tokens=int(rng.integers(50, 4000)),
             draft_first=int(cap > 0),
             draft_more=max(cap - 1, 0),
+            model_first=int(drafted > 0),
+            model_read=drafted and int(rng.integers(1, 400)),
+            model_more=max(drafted - 1, 0),
         )
         model.observe(work, float(true @ work.vector()) * float(rng.lognormal(0, 0.02)))
-    probe = _work(requests=4, drafts=12, context_tokens=2000, draft_first=1, draft_more=2)
+    probe = _work(requests=4, drafts=12, context_tokens=2000, draft_first=1, draft_more=2, model_first=1, model_read=9)
     assert model.predict(probe) == pytest.approx(float(true @ probe.vector()), rel=0.05)
     assert model.median_error() < 0.05
+
+
+def test_costs_of_a_draft_model_are_told_once_one_ran():
+    model = StepTimeModel()
+    model.observe(_work(), 0.06)
+    assert set(model.costs) == set(COSTS) - set(MODEL_COSTS)
+    model.observe(_work(model_first=1, model_read=3), 0.08)
+    assert set(model.costs) == set(COSTS)
+    assert model.reading == pytest.approx(model.costs["model_read_token"])
+    older = StepTimeModel.known(dict.fromkeys(set(COSTS) - set(MODEL_COSTS), 0.1))
+    assert set(older.costs) == set(COSTS) - set(MODEL_COSTS)
+    assert older.reading == 0.0
 
 
 def test_one_stalled_step_does_not_spoil_the_model():

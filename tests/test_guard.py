@@ -63,6 +63,16 @@ def test_after_a_rollback_the_older_version_is_compared_with_the_one_that_left()
     assert _verify(guard, 1, 0.6, 400) is None
 
 
+def test_versions_of_the_draft_model_are_negative_in_reports():
+    guard = VersionGuard(live=1, sign=-1)
+    guard.observe(EngineReport(first_drafts={-1: [400, 240], 1: [400, 0]}))
+    guard.swapped(2)
+    guard.observe(EngineReport(first_drafts={-2: [100, 60], 2: [100, 0]}))
+    assert not guard.worse
+    guard.observe(EngineReport(first_drafts={-2: [200, 0]}))
+    assert "of version 1" in guard.worse
+
+
 @given(st.dictionaries(st.integers(0, 5), st.tuples(st.integers(0, 2000), st.integers(0, 2000)).map(sorted)))
 def test_reports_of_any_version_are_taken(drafts: dict[int, list[int]]):
     guard = VersionGuard(live=3)

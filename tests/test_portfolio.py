@@ -2,7 +2,7 @@
 
 from aurora.config import SpeculationConfig
 from aurora.controller import RequestView
-from aurora.goodput import NEURAL, StepWork
+from aurora.goodput import MODEL, NEURAL, TABLE, StepWork
 from serve.portfolio import Portfolio
 
 K = 4
@@ -50,7 +50,7 @@ def test_fixed_k_verifies_the_neural_drafts_cut_to_the_limit():
     portfolio.begin("a", "", "", [1, 2, 1], 8)
     assert portfolio.plan([_view("a")]).cap == 3
     assert _settled(portfolio, "a", [7, 8, 9]) == [7, 8, 9]
-    assert portfolio.from_table == frozenset()
+    assert portfolio.one_hot == {}
     assert _settled(portfolio, "a", [7, 8, 9], limit=1) == [7]
 
 
@@ -59,7 +59,7 @@ def test_without_a_neural_drafter_the_table_drafts():
     portfolio.begin("a", "", "", [1, 2, 3, 1], 8)
     assert portfolio.plan([_view("a")]).skip_drafter
     assert _settled(portfolio, "a", []) == [2, 3]
-    assert portfolio.from_table == {"a"}
+    assert portfolio.one_hot == {"a": TABLE}
 
 
 def test_without_a_table_nothing_is_remembered():
@@ -98,6 +98,22 @@ def test_drafts_that_were_not_verified_teach_by_their_first_token():
     assert portfolio.controller.confidence.rates("a", drafts.table.basis)[0] > before[0]
     own = portfolio.controller.acceptance._requests["a"][1]
     assert (own.hits.tolist(), own.trials.tolist()) == ([1, 0, 0, 0], [1, 1, 0, 0])
+
+
+def test_the_draft_models_drafts_are_verified_and_learned_from():
+    portfolio = _portfolio(drafters=("model", "ngram"), fixed_k=2)
+    portfolio.begin("a", "", "", [1, 2, 1], 8)
+    plan = portfolio.plan([_view("a")])
+    assert (plan.model_cap, plan.model_for) == (2, {"a"})
+    drafts = portfolio.settle({"a": []}, {"a": K}, {"a": [7, 8]})["a"]
+    assert drafts.tokens == [7, 8]
+    assert portfolio.one_hot == {"a": MODEL}
+    portfolio.observe("a", 2, [7, 9])
+    own = portfolio.controller.model_acceptance._requests["a"][1]
+    assert (own.hits.tolist(), own.trials.tolist()) == ([1, 0, 0, 0], [1, 1, 0, 0])
+    assert portfolio.take_first_drafts(MODEL) == (1, 1)
+    assert portfolio.take_first_drafts(MODEL) == (0, 0)
+    assert portfolio.take_first_drafts() == (0, 0)
 
 
 def test_finished_requests_leave_only_their_answer():

@@ -14,7 +14,7 @@ from aurora.clockwork import Clockwork, Live, Outcome, PromptLookup, Speculator,
 from aurora.config import UserError
 from aurora.goodput import COSTS, StepTimeModel
 from aurora.prompts import Conversation
-from aurora.replay import Arrivals, ReplayOptions, policy_of, read_costs, run
+from aurora.replay import POLICIES, Arrivals, ReplayOptions, policy_of, read_costs, run
 from aurora.replay_result import Cell, half_widths, mean_cells, recovery, requests_to_recover
 from aurora.results import read_rows
 from aurora.trace import DraftTrace, decode_traces
@@ -59,6 +59,7 @@ def recorded(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [json.dumps({"prompt": turns[0], "domain": f"d{i % 2}"}) for i, turns in enumerate(TURNS)]
     (out / "order.jsonl").write_text("\n".join(rows))
     costs = FREE | {"constant": 0.05, "request": 0.001, "draft": 0.002, "first_pass": 0.005, "further_pass": 0.003}
+    costs |= {"model_first_pass": 0.004, "model_read_token": 0.0001, "model_further_pass": 0.003}
     (out / "costs.json").write_text(json.dumps({"step_costs": costs}))
     return out
 
@@ -150,9 +151,9 @@ def _draft(model, sequence: Sequence, start: int, k: int) -> list[int]:
     return drafts
 
 
-@pytest.mark.parametrize("policy", ["no_speculation", "prompt_lookup", "static_eagle3", "ngram_table", "portfolio"])
+@pytest.mark.parametrize("policy", POLICIES)
 def test_every_policy_emits_the_recorded_tokens(recorded: Path, tmp_path: Path, policy: str):
-    result = _result(recorded, policy, tmp_path)
+    result = _result(recorded, policy, tmp_path, drafters=("eagle3", "ngram", "model"))
     requests = result["requests"]
     assert len(requests) == len(TURNS)
     assert all(r["emitted"] == 24 for r in requests)
@@ -243,6 +244,14 @@ def test_training_learns_from_traces_in_the_codec_asked_for(recorded: Path, tmp_
     assert result["training_core_s"] > 0
 
 
+def test_a_draft_model_learns_while_it_is_replayed(recorded: Path, tmp_path: Path):
+    online = _result(recorded, "online_draft_model", tmp_path, train_share=4.0, draft_layers=3)
+    assert online["training_core_s"] > 0
+    assert sum(request["drafted"] for request in online["requests"]) > 0
+    with pytest.raises(UserError, match="--save-drafter: online_draft_model trains no EAGLE-3"):
+        _options(recorded, "online_draft_model", save_drafter=tmp_path / "kept")
+
+
 def test_results_are_rows_that_say_what_they_compare_with(recorded: Path, tmp_path: Path):
     file = tmp_path / "results.json"
     for policy in ("static_eagle3", "ngram_table"):
@@ -318,6 +327,12 @@ def test_bad_input_is_named(recorded: Path, tmp_path: Path):
     broken.write_text('{"step_costs": {"constant": 1}}')
     with pytest.raises(UserError, match=r"no cost of request.*aurora bench --json"):
         run(_options(recorded, "portfolio", costs=broken))
+    older = tmp_path / "older.json"
+    older.write_text(json.dumps({"step_costs": {name: 0.1 for name in COSTS if not name.startswith("model")}}))
+    with pytest.raises(UserError, match="no cost of model_first_pass; add it from aurora_step_cost_seconds"):
+        run(_options(recorded, "online_draft_model", costs=older))
+    with pytest.raises(UserError, match="--drafters eagle4: choose from eagle3, ngram, model"):
+        _options(recorded, "portfolio", drafters=("eagle4",))
 
 
 def test_conversations_share_the_key_with_their_recording():

@@ -15,7 +15,16 @@ from drafters.rollout import run_rollouts
 from tests.tiny import TinyServer, prompts, tiny_config
 from trainer.rollout import build_batch
 from trainer.sequence import OpenSequence, Sequence
-from trainer.verify import NOTHING, Sampling, TextLaw, acceptance_chance, greedy_drafts, sampled_drafts, text_law
+from trainer.verify import (
+    NOTHING,
+    Sampling,
+    TextLaw,
+    acceptance_chance,
+    accepted_drafts,
+    greedy_drafts,
+    sampled_drafts,
+    text_law,
+)
 
 
 @pytest.fixture(scope="module")
@@ -80,14 +89,6 @@ def _law(sequence: Sequence, model: Eagle3, said: torch.Tensor) -> TextLaw:
     return TextLaw(said, torch.zeros(len(sequence.hidden), len(model.draft_ids)))
 
 
-def _accepted(drafts: np.ndarray, sequence: Sequence) -> np.ndarray:
-    """Leading drafts of each start that are the text's."""
-    ids = np.concatenate([sequence.ids, np.full(drafts.shape[1] + 1, -2)])
-    starts = np.arange(len(drafts)) + sequence.first_start
-    truth = ids[starts[:, None] + 2 + np.arange(drafts.shape[1])]
-    return np.cumprod(drafts == truth, axis=1).sum(1)
-
-
 def test_a_drafter_at_zero_temperature_drafts_greedily(sequence: Sequence, model: Eagle3) -> None:
     """In the limit q is one-hot, and of a text that was certain the right drafts are accepted."""
     law = _law(sequence, model, torch.ones(len(sequence.hidden)))
@@ -101,7 +102,7 @@ def test_a_sampled_draft_is_accepted_with_its_chance(sequence: Sequence, model: 
     generator = torch.Generator().manual_seed(0)
     law = _law(sequence, model, p)
     drafts = [sampled_drafts(model, sequence, 2, law, temperature=0.5, generator=generator) for _ in range(400)]
-    accepted = np.stack([_accepted(drawn, sequence) for drawn in drafts])
+    accepted = np.stack([accepted_drafts(drawn, sequence) for drawn in drafts])
     starts = range(sequence.first_start, sequence.end_start)
     batch = build_batch([(sequence, starts)], 2)
     expected = np.ones(len(starts))

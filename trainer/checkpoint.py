@@ -7,22 +7,38 @@ counters as JSON in the file's metadata. The replay is not kept: after a restart
 import json
 import os
 from pathlib import Path
+from typing import Protocol
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from trainer.learner import Learner
+from drafters.target import TargetWeights
 
 FILE = "checkpoint.safetensors"
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+class Learning(Protocol):
+    """A drafter in training (`trainer.learner.Learner`, `trainer.draft_model.DraftModelLearner`)."""
+
+    steps: int
+    tokens: int
+    optimizer: torch.optim.AdamW
+
+    @property
+    def model(self) -> nn.Module: ...
+    @property
+    def target(self) -> TargetWeights: ...
+    def reload(self) -> None: ...
 
 
 class CheckpointRefused(ValueError):
     """A checkpoint that cannot be resumed from; the message names the file and the reason."""
 
 
-def save_checkpoint(directory: Path, learner: Learner, emitted_counts: Tensor) -> Path:
+def save_checkpoint(directory: Path, learner: Learning, emitted_counts: Tensor) -> Path:
     """Write the state of `learner` and the counts [V]; returns the file. The older one stays valid until then."""
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {f"model.{name}": tensor for name, tensor in learner.model.state_dict().items()}
@@ -40,7 +56,7 @@ def save_checkpoint(directory: Path, learner: Learner, emitted_counts: Tensor) -
     return final
 
 
-def load_checkpoint(directory: Path, learner: Learner) -> Tensor | None:
+def load_checkpoint(directory: Path, learner: Learning) -> Tensor | None:
     """Put a checkpoint's state into `learner`; returns its token counts [V], or None when there is no checkpoint.
 
     Raises CheckpointRefused, with `learner` unchanged, for a file that is damaged or belongs to another target or size.
@@ -64,7 +80,7 @@ def load_checkpoint(directory: Path, learner: Learner) -> Tensor | None:
     return counts
 
 
-def _check(path: Path, tensors: dict[str, Tensor], fingerprint: str, learner: Learner) -> None:
+def _check(path: Path, tensors: dict[str, Tensor], fingerprint: str, learner: Learning) -> None:
     if fingerprint != learner.target.fingerprint:
         raise CheckpointRefused(f"{path}: of another target model; remove it or give another --run-dir")
     for name, tensor in learner.model.state_dict().items():
@@ -74,7 +90,7 @@ def _check(path: Path, tensors: dict[str, Tensor], fingerprint: str, learner: Le
             raise CheckpointRefused(f"{path}: {name} is {found}, not {tuple(tensor.shape)}; remove the checkpoint")
 
 
-def _restore(learner: Learner, tensors: dict[str, Tensor]) -> None:
+def _restore(learner: Learning, tensors: dict[str, Tensor]) -> None:
     learner.model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
     for name, parameter in learner.model.named_parameters():
         moments = {m: tensors[f"{m}.{name}"] for m in _MOMENTS if f"{m}.{name}" in tensors}

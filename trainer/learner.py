@@ -29,11 +29,11 @@ class StepMetrics:
     learning_rate: float
     rows: int  # rollout starts
     rejected_rows: int  # nodes on rejected paths
-    actions: int  # verified drafted tokens in the policy's part
-    rl_share: float  # of the policy's part in the loss
-    rl_loss: float  # surrogate and anchor, mean over the actions; 0 without any
-    rl_clipped: float  # share of the actions whose ratio is outside the clip
     seconds: float
+    actions: int = 0  # verified drafted tokens in the policy's part
+    rl_share: float = 0.0  # of the policy's part in the loss
+    rl_loss: float = 0.0  # surrogate and anchor, mean over the actions; 0 without any
+    rl_clipped: float = 0.0  # share of the actions whose ratio is outside the clip
 
     @property
     def acceptance_length(self) -> float:

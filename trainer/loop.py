@@ -21,6 +21,7 @@ from drafters import TargetWeights, ensure_drafter, load_drafter, save_drafter
 from drafters.vocab import rechoose
 from trainer.buffer import Replay
 from trainer.checkpoint import CheckpointRefused, load_checkpoint, save_checkpoint
+from trainer.draft_model import DraftModelTraining
 from trainer.gate import Verdict, judge
 from trainer.learner import Learner, StepMetrics
 from trainer.rollout import build_batch
@@ -40,7 +41,7 @@ class Sinks:
 
 
 class TrainerLoop:
-    """Everything that trains one drafter. One thread calls `run` (or `work`); any thread may call the rest."""
+    """Everything that trains the drafters. One thread calls `run` (or `work`); any thread may call the rest."""
 
     def __init__(
         self,
@@ -72,8 +73,17 @@ class TrainerLoop:
         self._replay = Replay(sizes.hidden_size, sizes.vocab_size, self._settings.replay_mib, self._settings.holdout)
         self._resume()
         self._changed = threading.Condition()  # guards the replay and the flags below
+        drafters = config.speculation.drafters
+        self._model_share = self._settings.draft_model_share if "eagle3" in drafters else 1.0
+        self.draft_model: DraftModelTraining | None = None  # trained beside the neural drafter
+        if "model" in drafters:
+            self.draft_model = DraftModelTraining(
+                config, self._target, self._replay, self._changed, clock=clock, device=device
+            )
+        self._spent_s = 0.0  # by the neural drafter's units of work
         self._stopped = False
         self._allowed = self._learner.tokens  # rows that may be trained on in all
+        self._allowed_before = self._allowed
         self._gated_step = self._saved_step = self._learner.steps
         self._gated_at = self._saved_at = clock()
         self._trained_s = self._gate_s = 0.0  # since the last gate; of the last gate
@@ -128,7 +138,7 @@ class TrainerLoop:
     def _wait_for_work(self) -> bool:
         """Block until there is something to do; False when stopped. A gate falls due though no trace comes."""
         with self._changed:
-            while not (self._stopped or self._can_train or self._due_publication):
+            while not (self._stopped or self._can_train or self._due_publication or self._draft_model_can_work):
                 self._changed.wait(self._until_publication())
             return not self._stopped
 
@@ -147,6 +157,16 @@ class TrainerLoop:
 
     def work(self) -> bool:
         """One unit: publish or checkpoint if due, else one optimiser step; False when there is nothing to do."""
+        if self._is_draft_models_turn:
+            assert self.draft_model is not None
+            self.draft_model.work(self._earned)
+            return True
+        began = time.perf_counter()
+        worked = self._work_on_neural()
+        self._spent_s += time.perf_counter() - began
+        return worked
+
+    def _work_on_neural(self) -> bool:
         if self._due_publication:
             self.publish()
         elif self._due_checkpoint:
@@ -158,8 +178,26 @@ class TrainerLoop:
         return True
 
     @property
+    def _earned(self) -> int:
+        """Rows that the traffic since the start allows to train on."""
+        return self._allowed - self._allowed_before
+
+    @property
+    def _draft_model_can_work(self) -> bool:
+        return self.draft_model is not None and self.draft_model.has_work(self._earned)
+
+    @property
+    def _is_draft_models_turn(self) -> bool:
+        """Whether the draft model has had less than its share of the time, or the neural drafter has nothing to do."""
+        if self.draft_model is None or not self._draft_model_can_work:
+            return False
+        behind = self.draft_model.spent_s <= self._model_share * (self.draft_model.spent_s + self._spent_s)
+        return behind or not (self._can_train or self._due_publication or self._due_checkpoint)
+
+    @property
     def _can_train(self) -> bool:
-        return self._replay.ready and self._learner.tokens < self._allowed
+        taught = self._model_share < 1.0
+        return taught and self._replay.ready and self._learner.tokens < self._allowed
 
     @property
     def _due_publication(self) -> bool:
@@ -266,6 +304,8 @@ class TrainerLoop:
         with self._changed:
             counts = self._replay.emitted_counts.clone()
         save_checkpoint(self._checkpoints, self._learner, counts)
+        if self.draft_model is not None:
+            self.draft_model.checkpoint()
         self._saved_at, self._saved_step = self._clock(), self._learner.steps
 
     def status(self) -> dict[str, Any]:
@@ -281,4 +321,5 @@ class TrainerLoop:
             "train_acceptance_length": step.acceptance_length if step else None,
             "gate": asdict(verdict) if verdict else None,
             "replay": stats,
+            "draft_model": self.draft_model.status() if self.draft_model is not None else None,
         }

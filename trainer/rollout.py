@@ -156,7 +156,7 @@ def _add_drafts(part: _Part, oldest_version: int, rejected: bool) -> None:
     for draft in part.sequence.drafts:
         if draft.version < oldest_version:
             continue
-        if draft.version != TABLE_VERSION:
+        if draft.version > TABLE_VERSION:  # the neural drafter's
             _add_actions(part, draft)
         # Tells whether the fork's main node is in this batch: its start is drafted from, its depth is reached.
         fork = part.node_of[draft.accepted].get(draft.start) if draft.accepted < len(part.depths) else None

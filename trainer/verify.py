@@ -82,6 +82,15 @@ def sampled_drafts(
     return _drafts(model, sequence, k, propose)
 
 
+def accepted_drafts(drafts: npt.NDArray[np.int64], sequence: Sequence) -> npt.NDArray[np.int64]:
+    """How many drafts [starts, k] of each start are what the text says, up to the first that is not; [starts]."""
+    starts, k = drafts.shape
+    ids = np.concatenate([sequence.ids, np.full(k + 1, NOTHING - 1)])
+    truth = ids[sequence.first_start + 2 + np.arange(starts)[:, None] + np.arange(k)]
+    counts: npt.NDArray[np.int64] = np.cumprod(drafts == truth, axis=1).sum(axis=1)
+    return counts
+
+
 def acceptance_chance(p: Tensor, q: Tensor) -> Tensor:
     """Chance that a token which was said with probability p > 0 was an accepted draft from q: min(1, q / p)."""
     return (q / p).clamp_max(1.0)

@@ -1,23 +1,45 @@
-"""A scheduler for tests that draws on both drafters at once, however well they do."""
+"""A scheduler for tests that draws on all drafters at once, however well they do."""
 
 import zlib
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
-from aurora.controller import Draft
-from aurora.goodput import NEURAL, TABLE
-from serve.portfolio import Drafts
+from aurora.config import SpeculationConfig
+from aurora.controller import Draft, Plan, RequestView
+from aurora.goodput import MODEL
+from serve.portfolio import Drafts, Portfolio
 from serve.scheduler import AuroraScheduler
 
 
+class MixedPortfolio(Portfolio):
+    """Each request verifies all that one drafter drafted: its name decides which."""
+
+    def plan(self, batch: list[RequestView]) -> Plan:
+        plan = super().plan(batch)
+        if self.controller.model:
+            mine = (v.request_id for v in batch if v.drafting and self._drafter(v.request_id) == MODEL)
+            self._plan = replace(plan, model_cap=self._k_max, model_for=frozenset(mine))
+        return self._plan
+
+    def settle(self, *args: Any) -> Mapping[str, Drafts]:
+        settled = super().settle(*args)
+        self._drafts = {r: self._mixed(r, drafts) for r, drafts in settled.items()}
+        return self._drafts
+
+    def _drafter(self, request_id: str) -> int:
+        return zlib.crc32(request_id.encode()) % (3 if self.controller.model else 2)
+
+    def _mixed(self, request_id: str, drafts: Drafts) -> Drafts:
+        drafter = self._drafter(request_id)
+        return replace(drafts, chosen=Draft(drafter, len(drafts.by(drafter))))
+
+
 class MixedScheduler(AuroraScheduler):
-    """Half of the requests verify all that the neural drafter drafted, the others all that the table did."""
+    """Aurora's scheduler with a `MixedPortfolio`."""
 
-    def _settle(self, neural: dict[str, list[int]]) -> Mapping[str, Drafts]:
-        self.portfolio._drafts = {r: _mixed(r, drafts) for r, drafts in super()._settle(neural).items()}
-        return self.portfolio._drafts
-
-
-def _mixed(request_id: str, drafts: Drafts) -> Drafts:
-    from_table = zlib.crc32(request_id.encode()) % 2
-    chosen = Draft(TABLE, len(drafts.table)) if from_table else Draft(NEURAL, len(drafts.neural))
-    return Drafts(drafts.neural, drafts.table, chosen)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        speculation = SpeculationConfig.model_validate(self.vllm_config.additional_config["aurora"])
+        self.portfolio = MixedPortfolio(speculation, self.num_spec_tokens)
+        self.controller = self.portfolio.controller

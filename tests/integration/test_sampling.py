@@ -18,7 +18,7 @@ from aurora.environment import engine_environment
 from aurora.metrics import EngineReport
 from aurora.store import DrafterStore, DrafterVersion
 from aurora.trace import TABLE_VERSION
-from drafters import ensure_drafter
+from drafters import TargetWeights, ensure_draft_model, ensure_drafter
 
 pytestmark = pytest.mark.engine
 
@@ -27,6 +27,7 @@ SETTINGS = ({"temperature": 1.0}, {"temperature": 0.7, "top_p": 0.9}, {"temperat
 SAMPLES = 2000
 _PERMUTATIONS = 60_000
 TOKENS = 3  # compared; the requests are longer, because the last tokens of one are never drafted
+_MIXED = "tests.integration.mixed_scheduler.MixedScheduler"
 Samples = list[list[tuple[int, ...]]]  # [setting x prompt][sample]
 
 
@@ -34,6 +35,14 @@ Samples = list[list[tuple[int, ...]]]  # [setting x prompt][sample]
 def drafter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> DrafterVersion:
     store = DrafterStore(tmp_path_factory.mktemp("store"))
     return ensure_drafter(store, tiny_model, SpeculationConfig(draft_vocab=300), 0)
+
+
+@pytest.fixture(scope="module")
+def draft_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> DrafterVersion:
+    """With nearly all layers of the target, so that it is right often enough."""
+    store = DrafterStore(tmp_path_factory.mktemp("models"))
+    target = TargetWeights.load(tiny_model)
+    return ensure_draft_model(store, target, SpeculationConfig(draft_vocab=300, draft_layers=6))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -89,12 +98,15 @@ def _speculate(drafter: DrafterVersion, method: str) -> dict[str, Any]:
     }
 
 
-def _aurora(drafter: DrafterVersion, method: str, scheduler: str) -> dict[str, Any]:
+def _aurora(
+    drafter: DrafterVersion, method: str, scheduler: str, draft_model: DrafterVersion | None = None
+) -> dict[str, Any]:
+    drafters = ["eagle3", "ngram", *(["model"] if draft_model is not None else [])]
     return {
         **_speculate(drafter, method),
         "scheduler_cls": scheduler,
         "worker_extension_cls": "serve.worker.AuroraWorker",
-        "additional_config": {"aurora": {"fixed_k": 3}},
+        "additional_config": {"aurora": {"fixed_k": 3, "drafters": drafters}},
         "install": {
             "sink_bytes": 0,
             "prompt_tokens": 0,
@@ -103,6 +115,7 @@ def _aurora(drafter: DrafterVersion, method: str, scheduler: str) -> dict[str, A
             "store_dir": str(drafter.path.parent),
             "version": drafter.number,
             "gated_rates": [],
+            "draft_model": draft_model and {"store_dir": str(draft_model.path.parent), "version": draft_model.number},
         },
     }
 
@@ -140,13 +153,21 @@ def target(tiny_model: Path) -> Samples:
     ("method", "scheduler", "versions"),
     [
         ("greedy", "serve.scheduler.AuroraScheduler", {1}),
-        ("probabilistic", "tests.integration.mixed_scheduler.MixedScheduler", {1, TABLE_VERSION}),
+        ("probabilistic", _MIXED, {1, TABLE_VERSION}),
+        ("probabilistic", _MIXED, {1, TABLE_VERSION, -1}),
     ],
 )
 def test_drafts_leave_the_distribution_as_it_is(
-    method: str, scheduler: str, versions: set[int], target: Samples, tiny_model: Path, drafter: DrafterVersion
+    method: str,
+    scheduler: str,
+    versions: set[int],
+    target: Samples,
+    tiny_model: Path,
+    drafter: DrafterVersion,
+    draft_model: DrafterVersion,
 ) -> None:
-    samples, report = _sample(tiny_model, **_aurora(drafter, method, scheduler))
+    model = draft_model if min(versions) < TABLE_VERSION else None
+    samples, report = _sample(tiny_model, **_aurora(drafter, method, scheduler, model))
     assert report is not None
     assert set(report.accepted_tokens) == versions
     assert min(report.accepted_tokens.values()) > 500, "drafts were accepted, so speculation had its say"
