@@ -140,7 +140,9 @@ class TrainerConfig(_Branch):
     checkpoint_interval_s: float = Field(60, gt=0)
     threads: int = Field(1, ge=1, description="CPU threads of the trainer")
     nice: int = Field(19, ge=0, le=19, description="scheduling priority of the trainer process; 19 is the lowest")
-    duty: float = Field(1.0, gt=0, le=1, description="share of wall time that the trainer may compute")
+    duty: float = Field(0.5, gt=0, le=1, description="share of wall time to compute in while requests are open")
+    drift_duty: float = Field(1.0, gt=0, le=1, description="the same after drift, until the drafter has caught up")
+    drift_limit_s: float = Field(600, gt=0, description="longest time that drift raises the share")
     num_gpus: float = Field(0, ge=0)
     keep_versions: int = Field(8, ge=2)
     seed: int = 0
@@ -154,6 +156,12 @@ class TrainerConfig(_Branch):
     def _something_counts(self) -> "TrainerConfig":
         if self.accepted_weight == 0 and not self.learns_rejected:
             raise ValueError("accepted_weight 0 leaves nothing to imitate: raise it, or rejected_weight")
+        return self
+
+    @model_validator(mode="after")
+    def _drift_raises(self) -> "TrainerConfig":
+        if self.drift_duty < self.duty:
+            raise ValueError(f"drift_duty {self.drift_duty} is below duty {self.duty}: raise drift_duty or lower duty")
         return self
 
 

@@ -112,6 +112,8 @@ def serving_row(latest: EngineReport, total: EngineReport, elapsed_s: float | No
         "trace_bytes": total.trace_bytes,
         "traces_dropped": total.traces_dropped,
         "skipped_draft_steps": total.skipped_draft_steps,
+        "drift": latest.drift,
+        "training_share": latest.training_share,
     }
     return {name: value for name, value in row.items() if value is not None}
 

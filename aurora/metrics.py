@@ -36,16 +36,18 @@ class EngineReport(msgspec.Struct, frozen=True, kw_only=True):
     swaps: int = 0
     swap_s: float = 0.0  # engine stall of the last swap
     skipped_draft_steps: int = 0  # steps in which the drafter did not run
+    drift: int = 0  # 1 while the newest traffic is drafted worse than before; the server's, the latest
+    training_share: float = 0.0  # of wall time that the trainer computes; the server's, the latest
 
 
 def merge(earlier: EngineReport, later: EngineReport) -> EngineReport:
     """One report for two consecutive ones. Associative; `EngineReport()` is its left identity.
 
-    Counters add up. The live version and the waiting traces are the later one's; `step_error`, `step_costs`, `swap_s`
-    and `predicted_goodput` are those of the last report that had a step, a fit, a swap or a prediction.
+    Counters add up. Version, waiting traces, drift and training share are the later one's; `step_error`, `step_costs`,
+    `swap_s` and `predicted_goodput` are those of the last report that had a step, a fit, a swap or a prediction.
     """
     merged = {f: _add(getattr(earlier, f), getattr(later, f)) for f in EngineReport.__struct_fields__}
-    merged["drafter_version"], merged["traces_waiting"] = later.drafter_version, later.traces_waiting
+    merged |= {f: getattr(later, f) for f in ("drafter_version", "traces_waiting", "drift", "training_share")}
     merged["step_error"] = (earlier if earlier.steps and not later.steps else later).step_error
     merged["step_costs"] = later.step_costs or earlier.step_costs
     merged["swap_s"] = (earlier if earlier.swaps and not later.swaps else later).swap_s
@@ -140,4 +142,6 @@ METRICS: dict[str, Metric] = {
     "aurora_rollbacks_total": Metric("counter", "Live versions taken back because they drafted worse"),
     "aurora_swap_seconds": Metric("gauge", "Engine stall of the last swap"),
     "aurora_trainer_alive": Metric("gauge", "1 while the trainer answers, else 0"),
+    "aurora_training_share": Metric("gauge", "Share of wall time that the trainer computed, about the last minute's"),
+    "aurora_drift": Metric("gauge", "1 while the live drafter is worse on the newest traffic than it was, else 0"),
 }

@@ -18,6 +18,7 @@ from serve.engine import RunningEngine, install_seams, start_engine
 from serve.exporter import PrometheusExporter
 from serve.feedback import Ingest, Report, TraceForwarder, TrainerUnavailable, collect_forever, swap_forever
 from serve.http import bind, read_api_keys, serve_http
+from serve.load import Hear, LoadTeller, tell_forever
 
 log = logging.getLogger(__name__)
 
@@ -80,10 +81,15 @@ class Server:
         exporter = PrometheusExporter(REGISTRY)
         ingest = _ingest_into(self.trainer) if self.trainer is not None else None
         forwarder = TraceForwarder(ingest, exporter, _trace_log(self.config))
-        report_to = _report_to(self.reporter) if self.reporter is not None else None
+        hear = _heard_by(self.trainer) if self.trainer is not None else None
+        teller = LoadTeller(engine.drafter.number, hear, exporter)
+        report_to = teller.completed(_report_to(self.reporter)) if self.reporter is not None else None
         guard = VersionGuard(engine.drafter.number)
-        observers = [exporter.update, guard.observe]
-        loops = [swap_forever(engine, DrafterStore(self.config.store_dir), exporter, guard)]
+        observers = [exporter.update, guard.observe, teller.observe]
+        loops = [
+            swap_forever(engine, DrafterStore(self.config.store_dir), exporter, guard),
+            tell_forever(engine, teller, self.config.capture.interval_s),
+        ]
         if engine.draft_model is not None:
             second = VersionGuard(engine.draft_model.number, sign=-1)
             exporter.set("aurora_draft_model_version", second.live)
@@ -123,6 +129,19 @@ def _ingest_into(trainer: Any) -> Ingest:
             raise TrainerUnavailable(type(error).__name__) from error
 
     return ingest
+
+
+def _heard_by(trainer: Any) -> Hear:
+    """Tells the Trainer actor how the server is."""
+
+    async def hear(busy: bool, drift: bool) -> float:
+        try:
+            share: float = await trainer.hear.remote(busy, drift)
+        except ray.exceptions.RayError as error:
+            raise TrainerUnavailable(type(error).__name__) from error
+        return share
+
+    return hear
 
 
 def _report_to(reporter: Any) -> Report:

@@ -1,4 +1,5 @@
 import random
+from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
@@ -192,17 +193,77 @@ def test_held_out_requests_are_never_trained_on() -> None:
     assert newest == sorted(held, key=lambda r: int(r[1:]))[-3:]
 
 
-def test_sampling_keeps_a_small_domain_alive_and_favours_the_newest() -> None:
+def test_sampling_keeps_a_small_domain_alive_and_favours_the_new() -> None:
     replay = Replay(H, VOCAB, 8, holdout=0.01)
     for i in range(100):
         for t in request(_make, f"r{i}", [(0, 0)] * 10, domain="rare" if i < 2 else "common"):
             replay.add(t)
+    for sequence, _ in replay.sample(10_000, random.Random(1)):
+        if int(sequence.request_id[1:]) < 75:
+            replay.learned(sequence, 0.5)
     rng = random.Random(0)
     drawn = [replay.sample(1, rng)[0][0] for _ in range(400)]
     rare = sum(s.domain == "rare" for s in drawn)
     assert 0.05 < rare / 400 < 0.3, "2% of the rows, drawn by the square root"
     common = [int(s.request_id[1:]) for s in drawn if s.domain == "common"]
-    assert 0.5 < sum(i >= 75 for i in common) / len(common) < 0.8
+    assert 0.6 < sum(i >= 75 for i in common) / len(common) < 0.85
+
+
+def served(count: int) -> Replay:
+    """A replay of equal requests r0, r1, ..."""
+    replay = Replay(H, VOCAB, 8, holdout=0.01)
+    for i in range(count):
+        for t in request(_make, f"r{i}", [(0, 0)] * 10):
+            replay.add(t)
+    return replay
+
+
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=6), st.integers(0, 1000))
+def test_sequences_are_drawn_by_what_they_still_teach_and_none_starves(missed: list[float], seed: int) -> None:
+    replay = served(len(missed))
+    for sequence, _ in replay.sample(10_000, random.Random(seed)):
+        replay.learned(sequence, missed[int(sequence.request_id[1:])])
+    rng = random.Random(seed)
+    drawn = Counter(replay.sample(1, rng)[0][0].request_id for _ in range(2000))
+    weights = [max(share, 0.1) for share in missed]
+    for i, weight in enumerate(weights):
+        expected = weight / sum(weights)
+        assert abs(drawn[f"r{i}"] / 2000 - expected) < 5 * (expected * (1 - expected) / 2000) ** 0.5
+
+
+def test_later_passes_outweigh_earlier_ones() -> None:
+    replay = served(2)
+    for missed in (1.0, 0.2, 0.2, 0.2):
+        for sequence, _ in replay.sample(10_000, random.Random(0)):
+            replay.learned(sequence, missed)
+    assert set(replay._missed.values()) == {0.2 + 0.8 / 8}
+
+
+def test_the_same_seed_and_passes_draw_the_same() -> None:
+    def drawn() -> list[str]:
+        replay, rng, names = served(8), random.Random(3), []
+        for _ in range(40):
+            sequence, starts = replay.sample(4, rng)[0]
+            replay.learned(sequence, len(names) % 10 / 10)
+            names.append(f"{sequence.request_id} {starts}")
+        return names
+
+    assert drawn() == drawn()
+
+
+def test_what_was_learned_of_a_sequence_leaves_with_it() -> None:
+    replay = Replay(H, VOCAB, limit_mib=0.001, holdout=0.01)
+    for i in range(20):
+        for t in request(_make, f"r{i}", [(0, 0)] * 8):
+            replay.add(t)
+        for sequence, _ in replay.sample(8, random.Random(i)):
+            replay.learned(sequence, 0.5)
+    gone = request(_make, "r0", [(0, 0)] * 8)
+    old = OpenSequence.begin(gone[0])
+    for t in gone:
+        old.append(t)
+    replay.learned(old.snapshot(), 0.5)
+    assert len(replay._missed) == len(replay._train.sequences)
 
 
 def test_sample_gives_as_many_rows_as_asked() -> None:

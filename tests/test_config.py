@@ -98,5 +98,5 @@ def test_traces_are_taken_for_the_trainer_or_for_the_log(tmp_path: Path) -> None
     assert load_config(None, {}).captures
     assert not load_config(None, {"trainer.enabled": False}).captures
     assert load_config(None, {"trainer.enabled": False, "capture.log_dir": tmp_path}).captures
-    with pytest.raises(ConfigError, match=r"capture\.log_dir: there are traces of the neural drafter only"):
+    with pytest.raises(ConfigError, match=r"capture\.log_dir: there are traces of neural drafters only"):
         load_config(None, {"capture.log_dir": tmp_path, "speculation.drafters": ("ngram",)})

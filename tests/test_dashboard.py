@@ -144,6 +144,8 @@ def test_unknown_numbers_are_left_out_of_a_row():
         "trace_bytes": 0,
         "traces_dropped": 3,
         "skipped_draft_steps": 0,
+        "drift": 0,
+        "training_share": 0.0,
     }
 
 

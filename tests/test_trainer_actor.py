@@ -57,7 +57,10 @@ def test_it_learns_publishes_and_survives_its_own_death(
     config = tiny_config(tmp_path, publish_interval_s=0.2, checkpoint_interval_s=0.2, gate_margin=-1.0)
     actor = make_trainer_actor(config, directory)
     assert ray.get(actor.ingest.remote(encode_traces(traffic))) == len(traffic)
+    assert 0 <= ray.get(actor.hear.remote(True, False)) <= 1
     before = wait_for(actor, lambda s: s["version"] >= 2 and s["step"] >= 10)
+    assert before["allowed_share"] == config.trainer.duty
+    assert before["computed_loaded_s"] <= before["loaded_s"]
     os.kill(before["pid"], signal.SIGKILL)
     after = wait_for(actor, lambda s: s["pid"] != before["pid"])
     assert after["step"] > 0, "resumed from its checkpoint"

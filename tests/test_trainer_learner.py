@@ -1,15 +1,18 @@
 import copy
 import random
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from aurora.config import RLConfig, TrainerConfig
 from drafters import Eagle3Config, TargetWeights, initialise
 from tests.tiny import DRAFT_VOCAB, HIDDEN, VOCAB, TinyServer, half_right, prompts, write_target
 from trainer.buffer import Replay
 from trainer.checkpoint import FILE, CheckpointRefused, load_checkpoint, save_checkpoint
+from trainer.flops import step_flops
 from trainer.learner import Learner, StepMetrics
 from trainer.rollout import Batch, build_batch
 
@@ -66,6 +69,24 @@ def test_the_target_is_not_trained(learner: Learner, replay: Replay, target: Tar
     assert all(
         torch.equal(a, b) for a, b in zip(before, (target.embed_tokens, target.lm_head, target.norm), strict=True)
     )
+
+
+def test_what_each_sequence_missed_adds_up_to_the_share_accepted(learner: Learner, replay: Replay) -> None:
+    both = batch(replay, 0)
+    metrics = learner.step(both)
+    level, known = both.nodes[0], both.labels[0].truth >= 0
+    asked = [int(known[a:b].sum()) for a, b in pairwise(level.bounds)]
+    wrong = sum(m * n for m, n in zip(learner.missed, asked, strict=True))
+    assert 1 - wrong / sum(asked) == pytest.approx(metrics.acceptance_per_depth[0])
+    assert len(set(learner.missed)) > 1
+
+
+def test_the_count_of_operations_is_what_pytorch_counts(learner: Learner, replay: Replay) -> None:
+    for seed, rejected in ((0, True), (1, False)):
+        packed = batch(replay, seed, rejected)
+        with FlopCounterMode(display=False) as counter:
+            learner.step(packed)
+        assert step_flops(learner.model.config, packed) == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
 def test_the_learning_rate_warms_up(learner: Learner, replay: Replay) -> None:

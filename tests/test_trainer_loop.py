@@ -1,3 +1,4 @@
+import copy
 import json
 import logging
 import threading
@@ -12,6 +13,7 @@ from aurora.store import DrafterStore
 from aurora.trace import DraftTrace, encode_traces, pack_states
 from drafters import TargetWeights, load_drafter
 from tests.tiny import TinyServer, half_right, prompts, tiny_config
+from trainer.budget import Load
 from trainer.checkpoint import FILE
 from trainer.loop import Sinks, TrainerLoop
 
@@ -183,7 +185,7 @@ def test_a_restart_goes_on_from_the_checkpoint(directory: Path, traffic: list, t
     loop.checkpoint()
     again = make(directory, tmp_path, clock)
     assert again.status()["step"] == 5
-    again.ingest(encode_traces(traffic))
+    again._replay = copy.deepcopy(loop._replay)
     assert again.train().loss == loop.train().loss
 
 
@@ -225,14 +227,70 @@ def test_the_thread_waits_for_traffic_and_stops_at_once(directory: Path, traffic
     assert (tmp_path / "trainer" / FILE).is_file()
 
 
-def test_duty_bounds_the_share_of_time(
-    directory: Path, tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+def computed(directory: Path, run_dir: Path, traffic: list, load: Load, monkeypatch: pytest.MonkeyPatch) -> float:
+    """Share of a minute that a loop with a duty of a quarter computes, a unit of work taking 2 s."""
+    clock = Clock()
+    loop = make(directory, run_dir, clock, duty=0.25, drift_duty=0.5, publish_interval_s=1e6)
+    loop.ingest(encode_traces(traffic))
+    units = 0
+
+    def work() -> bool:
+        nonlocal units
+        clock.now += 2.0
+        units += 1
+        loop._stopped = clock.now >= 60
+        return True
+
+    def rest(seconds: float) -> None:
+        loop._stopped = clock.now + seconds >= 60
+        clock.now += min(seconds, 60 - clock.now)
+
+    monkeypatch.setattr(loop, "work", work)
+    monkeypatch.setattr(loop._changed, "wait", rest)
+    loop.hear(load)
+    loop.run()
+    return 2.0 * units / 60
+
+
+@pytest.mark.parametrize(
+    ("busy", "drift", "share"), [(True, False, 0.25), (True, True, 0.5), (False, False, 0.5 + 0.5 * 0.25)]
+)
+def test_the_loop_keeps_to_its_budget(
+    directory: Path,
+    traffic: list,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    busy: bool,
+    drift: bool,
+    share: float,
 ) -> None:
-    loop = make(directory, tmp_path, clock, duty=0.25)
-    rests: list[float | None] = []
-    monkeypatch.setattr(loop._changed, "wait_for", lambda _p, timeout=None: rests.append(timeout))
-    loop._rest(2.0)
-    assert rests == [pytest.approx(6.0)]
+    found = computed(directory, tmp_path, traffic, Load(busy, drift), monkeypatch)
+    assert found == pytest.approx(share, abs=0.05), (
+        "a server that was idle and then is silent for 30 s counts as loaded"
+    )
+
+
+def test_two_gates_without_gain_end_what_drift_began(
+    directory: Path, traffic: list, tmp_path: Path, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    loop = make(directory, tmp_path, clock, duty=0.25, drift_duty=0.5, gate_margin=3.0, learning_rate=1e-12)
+    loop.ingest(encode_traces(traffic))
+    with caplog.at_level(logging.INFO):
+        loop.hear(Load(busy=True, drift=True))
+    assert "up to 0.50 of the time" in caplog.text
+    for expected in (0.5, 0.25):
+        loop.train()
+        loop.publish()
+        assert loop.status()["allowed_share"] == expected
+
+
+def test_passes_teach_the_replay_what_to_draw(directory: Path, traffic: list, tmp_path: Path, clock: Clock) -> None:
+    loop = make(directory, tmp_path, clock)
+    loop.ingest(encode_traces(traffic))
+    first = loop.train()
+    passed = [share for share in loop._replay._missed.values() if share is not None]
+    assert 0 < len(passed) < len(loop._replay._missed)
+    assert min(passed) <= 1.0 - first.acceptance_per_depth[0] <= max(passed)
 
 
 def test_new_words_reach_the_draft_vocabulary(directory: Path, traffic: list, tmp_path: Path, clock: Clock) -> None:
@@ -259,3 +317,5 @@ def test_status_is_plain(directory: Path, traffic: list, tmp_path: Path, clock: 
     assert status["step"] == 1
     assert status["replay"]["held_out"] > 0
     assert status["gate"]["candidate"]["rows"] > 0
+    assert status["tokens_per_s"] > 0
+    assert status["share_of_peak"] > 0

@@ -112,7 +112,7 @@ def test_a_sampled_draft_is_accepted_with_its_chance(sequence: Sequence, model: 
         q = torch.zeros(len(label.truth), len(model.t2d))
         q[:, model.draft_ids] = (model.logits(state).detach() / 0.5).softmax(-1)
         said = q.gather(1, label.truth.clamp_min(0)[:, None])[:, 0].where(label.truth >= 0, 0.0)
-        chance = (said / p[label.target]).clamp_max(1.0).numpy()
+        chance = (said / p[label.target + starts[0] + 1]).clamp_max(1.0).numpy()
         expected = expected[: len(chance)] * chance
         found = (accepted[:, : len(chance)] > depth).mean(0)
         assert np.abs(found - expected).max() < 5 * 0.5 / np.sqrt(len(drafts))

@@ -14,6 +14,7 @@ import ray
 import torch
 
 from aurora.config import AuroraConfig
+from trainer.budget import Load
 from trainer.loop import Sinks, TrainerLoop
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,10 @@ class Trainer:
     def ingest(self, payload: bytes) -> int:
         """Take the traces of one payload (`aurora.trace.encode_traces`); returns their number."""
         return self._loop.ingest(payload)
+
+    def hear(self, busy: bool, drift: bool) -> float:
+        """The server says whether requests are open and traffic drifts; returns the share of time computed of late."""
+        return self._loop.hear(Load(busy, drift))
 
     def status(self) -> dict[str, Any]:
         """Where training stands (`TrainerLoop.status`)."""

@@ -2,7 +2,8 @@
 
 It consumes traces in the order in which each request made them. A trace that does not continue its request's sequence
 (an earlier one was dropped on the way) ends that sequence and begins another at its own position, so rows are never
-put together wrongly. Beyond its bound the oldest sequences leave and are counted. It has no clock, thread or lock.
+put together wrongly. Beyond its bound the oldest sequences leave and are counted. It is told what each pass over a
+sequence showed and draws those more often that still teach. It has no clock, thread or lock.
 """
 
 import hashlib
@@ -16,7 +17,9 @@ from aurora.trace import TABLE_VERSION, DraftTrace
 from trainer.sequence import OpenSequence, Sequence, check_trace
 
 MIN_STARTS = 4  # a growing sequence is trained on from here
-_NEWEST = 0.5  # share of draws from the newest quarter of a domain
+_NEW = 0.5  # share of draws from the sequences that were never trained on, while there are any
+_FLOOR = 0.1  # weight of a sequence that has no more to teach
+_MEMORY = 0.5  # of what earlier passes over a sequence showed
 
 
 @dataclass(frozen=True)
@@ -42,10 +45,10 @@ class Queue:
         self.nbytes = 0
         self.evicted = 0
 
-    def grow(self, key: int, sequence: OpenSequence, trace: DraftTrace) -> list[tuple[int, str]]:
+    def grow(self, key: int, sequence: OpenSequence, trace: DraftTrace) -> list[tuple[int, OpenSequence]]:
         """Append `trace` to `sequence`, which is put in as the newest if it is not here.
 
-        Returns key and request of the sequences that had to leave; the newest always stays.
+        Returns the sequences that had to leave, with their keys; the newest always stays.
         """
         if key not in self.sequences:
             self.sequences[key] = sequence
@@ -57,7 +60,7 @@ class Queue:
         while self.nbytes > self.limit_bytes and len(self.sequences) > 1:
             gone, oldest = self.sequences.popitem(last=False)
             self.nbytes -= oldest.nbytes
-            left.append((gone, oldest.request_id))
+            left.append((gone, oldest))
         self.evicted += len(left)
         return left
 
@@ -76,6 +79,8 @@ class Replay:
         self._train = Queue(limit_mib * 2**20 * (1 - holdout))
         self._held_out = Queue(limit_mib * 2**20 * holdout)
         self._open: dict[str, tuple[int, OpenSequence]] = {}
+        # By request and position of the sequences to train on: share of wrong first drafts, None before the first pass.
+        self._missed: dict[tuple[str, int], float | None] = {}
         self._key = 0
         self.received = 0  # rows of the target taken in so far
         self.newest_version = TABLE_VERSION  # of the drafters in the traces
@@ -95,10 +100,12 @@ class Replay:
             key, sequence = self._begin(trace)
         queue = self._held_out if is_held_out(trace.request_id, self.holdout) else self._train
         before = sequence.starts
-        for gone, request in queue.grow(key, sequence, trace):
-            if request in self._open and self._open[request][0] == gone:
-                del self._open[request]
+        for gone, old in queue.grow(key, sequence, trace):
+            self._missed.pop((old.request_id, old.position), None)
+            if old.request_id in self._open and self._open[old.request_id][0] == gone:
+                del self._open[old.request_id]
         if queue is self._train:
+            self._missed.setdefault((sequence.request_id, sequence.position), None)
             self.received += sequence.starts - before
             self._count(trace)
 
@@ -114,8 +121,9 @@ class Replay:
     def sample(self, starts: int, rng: random.Random) -> list[tuple[Sequence, range]]:
         """Sequences and the rows of each to start from, `starts` rows in all (fewer when there are not as many).
 
-        A domain is drawn with the square root of its rows, which keeps small and past domains alive; within it half of
-        the draws go to the newest quarter. A long sequence gives a random window.
+        A domain is drawn with the square root of its rows, which keeps small and past domains alive. Within it half of
+        the draws go to sequences never trained on, the others to all of them in proportion to what they still teach:
+        the share of first drafts that were wrong in their last passes. A long sequence gives a random window.
         """
         pools: dict[str, list[OpenSequence]] = {}
         for sequence in self._train.usable():
@@ -124,13 +132,27 @@ class Replay:
         drawn: list[tuple[Sequence, range]] = []
         while starts > 0 and pools:
             domain = rng.choices(list(pools), [weights[d] for d in pools])[0]
-            sequence = _draw(pools[domain], rng)
+            sequence = self._draw(pools[domain], rng)
             pools[domain].remove(sequence)
             if not pools[domain]:
                 del pools[domain]
             drawn.append((sequence.snapshot(), _window(sequence, starts, rng)))
             starts -= len(drawn[-1][1])
         return drawn
+
+    def _draw(self, pool: list[OpenSequence], rng: random.Random) -> OpenSequence:
+        missed = [self._missed[s.request_id, s.position] for s in pool]
+        new = [s for s, share in zip(pool, missed, strict=True) if share is None]
+        if new and rng.random() < _NEW:
+            return rng.choice(new)
+        return rng.choices(pool, [1.0 if share is None else max(share, _FLOOR) for share in missed])[0]
+
+    def learned(self, sequence: Sequence, missed: float) -> None:
+        """A pass over `sequence` showed this share of wrong first drafts; one that has left is passed over."""
+        name = sequence.request_id, sequence.position
+        if name in self._missed:
+            before = self._missed[name]
+            self._missed[name] = missed if before is None else missed + _MEMORY * (before - missed)
 
     def held_out(self, count: int) -> list[Sequence]:
         """The newest `count` held-out sequences."""
@@ -159,11 +181,6 @@ def is_held_out(request_id: str, share: float) -> bool:
     """Whether a request belongs to the gate: the same answer in every process and after every restart."""
     digest = hashlib.sha256(request_id.encode()).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
-
-
-def _draw(pool: list[OpenSequence], rng: random.Random) -> OpenSequence:
-    newest = pool[-max(1, len(pool) // 4) :]
-    return rng.choice(newest if rng.random() < _NEWEST else pool)
 
 
 def _window(sequence: OpenSequence, starts: int, rng: random.Random) -> range:

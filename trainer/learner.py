@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -52,6 +53,7 @@ class Learner:
         self.steps = 0
         self._warm_from = 0  # step at which the warm-up began
         self.tokens = 0  # rollout starts trained on, passes counted
+        self.missed: list[float] = []  # of each sequence in the last batch: share of starts with a wrong first draft
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
         )
@@ -103,7 +105,9 @@ class Learner:
         for nodes, label, state in zip(batch.nodes, batch.labels, states, strict=True):
             logits = self.model.logits(state).float()
             right, share = accepted_share(self.model, logits.detach(), label, right, nodes.parent)
-            yield logits, p[label.target], share
+            if nodes is batch.nodes[0]:
+                self.missed = _missed(right, label.truth >= 0, nodes.bounds)
+            yield logits, p.index_select(0, label.target), share
 
     def change_vocabulary(self, ids: Tensor) -> None:
         """Let the drafter propose the target tokens `ids` [D]: kept tokens keep their learned rows and Adam moments."""
@@ -151,3 +155,10 @@ def accepted_share(
         right = right & before[parent]
     known = label.truth >= 0
     return right, float(right[known].float().mean()) if bool(known.any()) else 0.0
+
+
+def _missed(right: Tensor, known: Tensor, bounds: tuple[int, ...]) -> list[float]:
+    """Share of wrong drafts among those whose truth is known, of each sequence; 1.0 where none is."""
+    wrong = (known & ~right).tolist()
+    asked = known.tolist()
+    return [sum(wrong[a:b]) / sum(asked[a:b]) if any(asked[a:b]) else 1.0 for a, b in pairwise(bounds)]

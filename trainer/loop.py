@@ -19,11 +19,13 @@ from aurora.store import DrafterStore, DrafterVersion
 from aurora.trace import decode_traces, unpack_states
 from drafters import TargetWeights, ensure_drafter, load_drafter, save_drafter
 from drafters.vocab import rechoose
+from trainer.budget import Budget, Load
 from trainer.buffer import Replay
 from trainer.checkpoint import CheckpointRefused, load_checkpoint, save_checkpoint
 from trainer.draft_model import DraftModelTraining
+from trainer.flops import Speed, measure_peak, step_flops
 from trainer.gate import Verdict, judge
-from trainer.learner import Learner, StepMetrics
+from trainer.learner import Learner, StepMetrics, uses_bf16
 from trainer.rollout import build_batch
 
 log = logging.getLogger(__name__)
@@ -72,7 +74,10 @@ class TrainerLoop:
         sizes = self.live.config
         self._replay = Replay(sizes.hidden_size, sizes.vocab_size, self._settings.replay_mib, self._settings.holdout)
         self._resume()
-        self._changed = threading.Condition()  # guards the replay and the flags below
+        self._peak = measure_peak(uses_bf16(self._settings.precision, device), device)  # operations per second
+        self._speed = Speed()
+        self._budget = Budget(self._settings, clock())
+        self._changed = threading.Condition()  # guards the replay, the budget and the flags below
         drafters = config.speculation.drafters
         self._model_share = self._settings.draft_model_share if "eagle3" in drafters else 1.0
         self.draft_model: DraftModelTraining | None = None  # trained beside the neural drafter
@@ -128,12 +133,26 @@ class TrainerLoop:
             self._changed.notify_all()
 
     def run(self) -> None:
-        """Work until stopped, at no more than `duty` of the time; leaves a checkpoint behind."""
+        """Work until stopped, within the budget; leaves a checkpoint behind."""
         while self._wait_for_work():
-            began = self._clock()
+            with self._changed:
+                self._budget.begin(self._clock())
             self.work()
-            self._rest(self._clock() - began)
+            with self._changed:
+                self._budget.end(self._clock())
+            self._rest()
         self.checkpoint()
+
+    def hear(self, load: Load) -> float:
+        """The server says how it is; returns the share of wall time that was spent computing of late."""
+        with self._changed:
+            now_s = self._clock()
+            raised = self._budget.raised(now_s)
+            self._budget.hear(load, now_s)
+            if self._budget.raised(now_s) and not raised:
+                log.info("drift: up to %.2f of the time is spent training", self._settings.drift_duty)
+            self._changed.notify_all()
+            return self._budget.computed_share(now_s)
 
     def _wait_for_work(self) -> bool:
         """Block until there is something to do; False when stopped. A gate falls due though no trace comes."""
@@ -148,12 +167,11 @@ class TrainerLoop:
             return None
         return max(0.0, self._gated_at + self._settings.publish_interval_s - self._clock())
 
-    def _rest(self, worked_s: float) -> None:
-        """Stay idle for as long as `duty` asks after `worked_s` seconds of work."""
-        idle = worked_s * (1.0 / self._settings.duty - 1.0)
-        if idle > 0:
-            with self._changed:
-                self._changed.wait_for(lambda: self._stopped, timeout=idle)
+    def _rest(self) -> None:
+        """Stay idle for as long as the budget asks; news from the server may change that."""
+        with self._changed:
+            while not self._stopped and (rest_s := self._budget.rest_s(self._clock())) > 0:
+                self._changed.wait(rest_s)
 
     def work(self) -> bool:
         """One unit: publish or checkpoint if due, else one optimiser step; False when there is nothing to do."""
@@ -218,6 +236,7 @@ class TrainerLoop:
             windows = self._replay.sample(self._settings.batch_rows, rng)
             stats = self._replay.stats()
             newest = max(self.version, self._replay.newest_version)  # a log may hold drafts of later versions
+        started_s = time.perf_counter()
         batch = build_batch(
             windows,
             self._settings.ttt_steps,
@@ -226,12 +245,17 @@ class TrainerLoop:
             device=self._device,
         )
         metrics = self._learner.step(batch)
+        speed = Speed(time.perf_counter() - started_s, batch.rows, step_flops(self.live.config, batch))
+        with self._changed:
+            for (sequence, _), missed in zip(windows, self._learner.missed, strict=True):
+                self._replay.learned(sequence, missed)
+            self._speed += speed
+            computed = {"training_share": self._budget.computed_share(self._clock())}
         self._trained_s += self._clock() - began
         self.last_step = metrics
         replay = {f"replay_{name}": value for name, value in asdict(stats).items()}
-        self._sinks.learning(
-            {**asdict(metrics), "acceptance_length": metrics.acceptance_length, **replay}, metrics.step
-        )
+        told = {**asdict(metrics), "acceptance_length": metrics.acceptance_length, **replay}
+        self._sinks.learning(told | computed | speed.per_s(self._peak), metrics.step)
         return metrics
 
     def _follow_rollback(self) -> None:
@@ -260,6 +284,8 @@ class TrainerLoop:
         verdict = judge(self._learner.model, self.live, sequences, k_max, self._settings.gate_margin)
         self._trained_s, self._gate_s = 0.0, self._clock() - self._gated_at
         self.last_verdict = verdict
+        with self._changed:
+            self._budget.gated(verdict.candidate.length, verdict.live.length, self._clock())
         log.info("gate: %.3f against %.3f live", verdict.candidate.length, verdict.live.length)
         return self._release(verdict) if verdict.passed else None
 
@@ -312,6 +338,11 @@ class TrainerLoop:
         """Where training stands, as plain values."""
         with self._changed:
             stats = asdict(self._replay.stats())
+            now_s = self._clock()
+            budget = self._budget
+            shares = {"training_share": budget.computed_share(now_s), "allowed_share": budget.share(now_s)}
+            loaded = {"loaded_s": budget.loaded_s, "computed_loaded_s": budget.computed_loaded_s}
+            speed = self._speed.per_s(self._peak)
         step, verdict = self.last_step, self.last_verdict
         return {
             "version": self.version,
@@ -322,4 +353,7 @@ class TrainerLoop:
             "gate": asdict(verdict) if verdict else None,
             "replay": stats,
             "draft_model": self.draft_model.status() if self.draft_model is not None else None,
+            **shares,
+            **loaded,
+            **speed,
         }

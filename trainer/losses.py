@@ -9,6 +9,7 @@ whatever it learns, and leaving them out saves the target's head over the full v
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -21,7 +22,7 @@ def target_probabilities(hidden: Tensor, head: Tensor) -> Tensor:
 
 def forward_kl(logits: Tensor, p: Tensor) -> Tensor:
     """KL(p || q): covers all that the target might say (Hinton et al. 2015)."""
-    return torch.xlogy(p, p).sum(-1) - (p * logits.log_softmax(-1)).sum(-1)
+    return (p * _log(p)).sum(-1) + F.cross_entropy(logits, p, reduction="none")
 
 
 def reverse_kl(logits: Tensor, p: Tensor) -> Tensor:

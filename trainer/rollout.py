@@ -95,11 +95,12 @@ class _Depth:
 
 @dataclass(eq=False)
 class _Part:
-    """One sequence's share of a batch: context rows `first` .. `end - 1`; targets from `first` on, then branches'."""
+    """One sequence's share of a batch: context rows `first` .. `end - 1`; targets from `judges` on, then branches'."""
 
     sequence: Sequence
     first: int
     end: int
+    judges: int  # row that judges depth 0 of the first start: no target before it is asked
     depths: list[_Depth]
     hidden: list[Tensor]  # [*, H]: target states, in the order that `_Depth.target` counts
     node_of: list[dict[int, int]] = field(default_factory=list)  # start row -> main node, one entry a depth
@@ -146,7 +147,8 @@ def _main_part(sequence: Sequence, starts: Seq[int], depths: int) -> _Part:
     first = max(0, starts[0] - MAX_CONTEXT)
     end_target = min(starts[-1] + 1 + depths, len(sequence.hidden))
     levels = [_Depth() for _ in range(depths)]
-    part = _Part(sequence, first, starts[-1] + 1, levels, [sequence.hidden[first:end_target]])
+    judges = starts[0] + 1
+    part = _Part(sequence, first, starts[-1] + 1, judges, levels, [sequence.hidden[judges:end_target]])
     part.node_of += [_main_nodes(part, starts, depth) for depth in range(depths)]
     return part
 
@@ -174,7 +176,7 @@ def _main_nodes(part: _Part, starts: Seq[int], depth: int) -> dict[int, int]:
             break
         parent = start - part.first if depth == 0 else order
         truth = int(ids[judge + 1]) if judge + 1 < len(ids) else _UNKNOWN
-        node_of[start] = part.depths[depth].add(parent, int(ids[judge]), judge - part.first, truth, rejected=False)
+        node_of[start] = part.depths[depth].add(parent, int(ids[judge]), judge - part.judges, truth, rejected=False)
     return node_of
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from drafters.eagle3 import Eagle3
 from drafters.rollout import run_rollouts
-from trainer.rollout import MAX_CONTEXT, Labels, build_batch
+from trainer.rollout import Labels, build_batch
 from trainer.sequence import Sequence
 
 NOTHING = -1  # after the first wrong draft: what followed it is not known
@@ -63,7 +63,7 @@ def sampled_drafts(
     otherwise was a token from (q - p)+, whatever x. Both are drawn at each position of the recorded text until the
     first rejection, which is exact: over texts sampled from p it is what serving drafts and accepts.
     """
-    first = max(0, sequence.first_start - MAX_CONTEXT)  # row of the batch's first target
+    first = sequence.first_start + 1  # row of the batch's first target
     row_of = torch.full((len(model.t2d),), -1, dtype=torch.int64)
     row_of[model.draft_ids.cpu()] = torch.arange(len(model.draft_ids))
 
