@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from aurora.config import SpeculationConfig
 from aurora.controller import RequestView
 from aurora.drift import DriftDetector
-from aurora.goodput import COSTS, StepTimeModel, StepWork
+from aurora.goodput import COSTS, TABLE, StepTimeModel, StepWork
 from aurora.metrics import EngineReport
 from serve.portfolio import Portfolio
 
@@ -166,7 +166,7 @@ def serve_table_text(portfolio: Portfolio, detector: DriftDetector, rng: np.rand
             portfolio.observe(name, verified.get(name, 0), emitted)
         neural = {n: [text[known[n]] if rng.random() < rate else 999][: plan.cap] for n in names}
         drafts = portfolio.settle(neural, dict.fromkeys(names, 2))
-        assert portfolio.from_table == set(names)
+        assert portfolio.one_hot == dict.fromkeys(names, TABLE)
         verified = {name: len(drafts[name].tokens) for name in names}
         portfolio.controller.observe_step(StepWork(8, 16, 0, 800, 0, 0), 1.0)
         counted = portfolio.take_first_drafts()
