@@ -26,6 +26,7 @@ from rich.table import Table
 from aurora.config import DEFAULT_MODEL, UserError, require_positive, require_writable
 from aurora.local_server import LocalServer
 from aurora.prompts import Conversation, read_prompts
+from aurora.results import Row, command_line, read_rows, write_rows
 from aurora.scrape import Scrape, parse_scrape, tokens_per_step
 from aurora.sender import Record, Sender
 
@@ -40,6 +41,7 @@ ARMS = {
     "portfolio": "both drafters, chosen by goodput",
     "learning": "the same with a trainer beside it",
 }
+_OVER = {BASELINE: "speedup_over_no_speculation", "vllm-ngram": "speedup_over_vllm_ngram"}
 _REQUEST_TIMEOUT_S = 600.0
 _COUNTER_LIMIT_S = 30.0
 _COUNTER_POLL_S = 0.1
@@ -74,6 +76,9 @@ class BenchOptions:
     fixed_k: int = 3
     arms: tuple[str, ...] = ("fixed", "vllm-ngram", "portfolio")  # keys of ARMS, beside the baseline
     json_file: Path | None = None
+    results: Path | None = None  # file of rows (`aurora.results`)
+    experiment: str = "live"  # name of these rows
+    cell: str = ""  # what the prompts are, in these rows; default: the data set's name
     vllm_args: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -82,6 +87,7 @@ class BenchOptions:
         if unknown:
             raise UserError(f"--arms {unknown[0]}: no such arm; choose from {', '.join(ARMS)}")
         require_writable("--json", self.json_file)
+        require_writable("--results", self.results)
 
 
 @dataclass(frozen=True)
@@ -101,11 +107,26 @@ class BenchResult:
     measurements: list[Measurement] = field(default_factory=list)
     step_costs: dict[str, float] = field(default_factory=dict)  # seconds, as the last arm that has a rule fitted them
 
-    def ratios(self, arm: str, concurrency: int) -> list[float]:
-        """Tokens/s of `arm` over the baseline's, round by round."""
+    def ratios(self, arm: str, concurrency: int, over: str = BASELINE) -> list[float]:
+        """Tokens/s of `arm` over those of another, round by round; empty where one of them was not measured."""
         speed = {(m.arm, m.round): m.tokens_per_s for m in self.measurements if m.concurrency == concurrency}
-        rounds = sorted({r for a, r in speed if a == arm} & {r for a, r in speed if a == BASELINE})
-        return [speed[arm, r] / speed[BASELINE, r] for r in rounds]
+        rounds = sorted({r for a, r in speed if a == arm} & {r for a, r in speed if a == over})
+        return [speed[arm, r] / speed[over, r] for r in rounds]
+
+    def published(self, experiment: str, cell: str) -> Iterator[Row]:
+        """The medians as rows of results, one cell for each concurrency."""
+        for concurrency in sorted({m.concurrency for m in self.measurements}):
+            mine = [m for m in self.measurements if m.concurrency == concurrency]
+            speeds = {a: float(np.median([m.tokens_per_s for m in mine if m.arm == a])) for a in {m.arm for m in mine}}
+            place = f"{cell}, {concurrency} at once"
+            for arm, speed in speeds.items():
+                policy = arm.replace(" ", "_").replace("-", "_")
+                yield Row(experiment, place, policy, "tokens_per_s", speed, speeds.get(BASELINE), command_line())
+                for over, metric in _OVER.items():
+                    ratios = self.ratios(arm, concurrency, over) if arm not in (over, BASELINE) else []
+                    if ratios:
+                        value = float(np.median(ratios))
+                        yield Row(experiment, place, policy, metric, value, speeds[over], command_line())
 
     def rows(self) -> Iterator[dict[str, float | str | None]]:
         """One for each arm and concurrency: medians over the rounds, and the range of the ratio."""
@@ -128,6 +149,8 @@ class BenchResult:
 def run(options: BenchOptions) -> int:
     """Start the arms, measure, print the table; 0 when done. Raises UserError for what the user can mend."""
     prompts = _prompts(options)
+    if options.results is not None:
+        read_rows(options.results)  # one that is none must be known before the work
     signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))  # so that the servers end with us
     with tempfile.TemporaryDirectory(prefix="aurora-bench-") as scratch, ExitStack() as stack:
         servers = {}
@@ -143,6 +166,9 @@ def run(options: BenchOptions) -> int:
             servers[name] = server.url
         result = asyncio.run(measure(servers, prompts, options))
     _show(result)
+    if options.results is not None:
+        cell = options.cell or (Path(options.dataset).stem if options.dataset is not None else "own prompts")
+        write_rows(options.results, result.published(options.experiment, cell))
     if options.json_file is not None:
         rows = {
             "rows": list(result.rows()),

@@ -210,6 +210,9 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
         ),
     )
     add("--json", dest="json_file", type=Path, metavar="FILE", help="write every round there too")
+    add("--results", type=Path, metavar="FILE", help="put rows of results there")
+    add("--experiment", default="live", metavar="NAME", help="of these rows (default: %(default)s)")
+    add("--cell", default="", metavar="NAME", help="of the prompts in these rows; default: the data set's name")
 
 
 def add_record_options(parser: argparse.ArgumentParser) -> None:

@@ -50,6 +50,17 @@ def test_ratios_compare_within_a_round() -> None:
     assert (rows["x"]["ratio_min"], rows["x"]["ratio_max"]) == (1.5, 2.0)
 
 
+def test_published_rows_compare_with_both_baselines() -> None:
+    speeds = {BASELINE: 10.0, "vllm-ngram": 20.0, "portfolio": 30.0}
+    result = BenchResult([Measurement(arm, 4, 1, speed, None, 5) for arm, speed in speeds.items()])
+    found = {(row.policy, row.metric): (row.value, row.baseline) for row in result.published("live", "sql")}
+    assert found["portfolio", "speedup_over_vllm_ngram"] == (1.5, 20.0)
+    assert found["portfolio", "speedup_over_no_speculation"] == (3.0, 10.0)
+    assert found["no_speculation", "tokens_per_s"] == (10.0, 10.0)
+    assert ("no_speculation", "speedup_over_vllm_ngram") not in found
+    assert {row.cell for row in result.published("live", "sql")} == {"sql, 4 at once"}
+
+
 @pytest.mark.parametrize(
     ("field", "value"), [("rounds", 0), ("concurrency", (1, 0)), ("max_tokens", -1), ("fixed_k", 0), ("requests", 0)]
 )
