@@ -8,9 +8,13 @@ import pytest
 from tests.integration.process import START_LIMIT_S, ServedModel
 from tests.integration.tiny_model import write_model
 
+SMALL = ("--max-model-len=512", f"--kv-cache-memory-bytes={1 << 28}")
 LEARNING = (
-    "--max-model-len=512",
+    *SMALL,
     "--k-max=3",
+    "--drafters=eagle3,ngram,model",
+    "--set=speculation.draft_layers=3",
+    "--set=trainer.duty=1.0",
     "--draft-vocab=256",
     "--publish-interval=3",
     "--set=trainer.learning_rate=0.002",
@@ -28,7 +32,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def learning(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedModel]:
-    """The tiny model served with speculation and learning."""
+    """The tiny model served with all three drafters and learning."""
     server = ServedModel(tiny_model, tmp_path_factory.mktemp("learning"), *LEARNING)
     server.wait_ready(START_LIMIT_S)
     yield server
@@ -38,7 +42,7 @@ def learning(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 @pytest.fixture(scope="session")
 def plain(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedModel]:
     """The same model without speculation."""
-    server = ServedModel(tiny_model, tmp_path_factory.mktemp("plain"), "--no-speculation", "--max-model-len=512")
+    server = ServedModel(tiny_model, tmp_path_factory.mktemp("plain"), "--no-speculation", *SMALL)
     server.wait_ready(START_LIMIT_S)
     yield server
     assert server.stop() == 0

@@ -53,10 +53,10 @@ class ServedModel(LocalServer):
         lines = re.findall(rf"^{re.escape(name)}(?:\{{[^}}]*\}})? (\S+)$", self.get("/metrics"), re.MULTILINE)
         return sum(map(float, lines))
 
-    def answers(self, prompts: list[list[int]], tokens: int = 48) -> list[list[int]]:
+    def answers(self, prompts: list[list[int]], tokens: int = 48, **fields: Any) -> list[list[int]]:
         """Greedy token ids for each prompt, four requests at a time."""
         with ThreadPoolExecutor(4) as pool:
-            answers = pool.map(lambda prompt: self.complete(prompt, max_tokens=tokens), prompts)
+            answers = pool.map(lambda prompt: self.complete(prompt, max_tokens=tokens, **fields), prompts)
             return [answer["choices"][0]["token_ids"] for answer in answers]
 
     def serve_until_version(self, number: int) -> None:
