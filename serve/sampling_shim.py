@@ -1,12 +1,20 @@
-"""Repair of sampling under speculation on CPU (vLLM 0.32).
+"""Repairs of sampling on a CPU (vLLM 0.32): under speculation, and of requests with a seed.
 
 `rejection_sampler.expand_batch_to_tokens` launches `expand_kernel`, whose CPU version fills an int64 copy of the
 expanded temperature, top-k or top-p and drops it, so every sampled token under speculation is drawn from garbage. The
 replacement expands with `repeat_interleave`. It is exact on every device and version, so it may stay installed when
 vLLM no longer needs it; `tests/integration/test_sampling.py` fails while it is needed and missing.
+
+A request with a seed whose prompt takes several steps ends the engine: vLLM samples after each part of the prompt,
+throws the token away and winds the request's generator back, which generators on a CPU cannot do. `unseeded` keeps such
+requests' generators out of the step, so that there is nothing to wind back.
 """
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,3 +43,15 @@ def install() -> None:
             f"{AFFECTED_VERSIONS}, install one that is"
         )
     rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
+
+
+@contextmanager
+def unseeded(runner: Any) -> Iterator[None]:
+    """While `runner` samples, requests whose token will be thrown away draw from the common generator."""
+    batch = runner.input_batch
+    discarded = np.flatnonzero(runner.discard_request_mask.np[: batch.num_reqs]).tolist()
+    held = {i: batch.generators.pop(i) for i in discarded if i in batch.generators}
+    try:
+        yield
+    finally:
+        batch.generators.update(held)

@@ -137,7 +137,8 @@ class RunnerHooks:
         if self._notes is not None:
             self.capture.begin(self._notes.began)
         try:
-            output = self._original["sample_tokens"](grammar_output)
+            with sampling_shim.unseeded(self.runner):
+                output = self._original["sample_tokens"](grammar_output)
         finally:
             self._state = None
         self._draft_with_model()

@@ -2,6 +2,7 @@
 
 import inspect
 
+import numpy as np
 import pytest
 import torch
 
@@ -82,6 +83,26 @@ def test_the_sampling_repair_expands_floats_and_integers() -> None:
     assert torch.equal(expand(torch.tensor([0.7, 1.0, 0.0]), bounds, 5), torch.tensor([0.7, 0.7, 0, 0, 0]))
     assert torch.equal(expand(torch.tensor([0.7, 1.0, 0.0]), bounds, 5, 0, 1), torch.tensor([0.7, 0.7, 1, 1, 1]))
     assert torch.equal(expand(torch.tensor([5, 6, 7]), bounds, 5), torch.tensor([5, 5, 7, 7, 7]))
+
+
+def test_a_seeded_request_keeps_its_generator_out_of_steps_whose_token_is_thrown_away() -> None:
+    from types import SimpleNamespace
+
+    generators = {i: torch.Generator().manual_seed(i) for i in range(3)}
+    mask = SimpleNamespace(np=np.array([True, False, True, True]))
+    runner = SimpleNamespace(
+        input_batch=SimpleNamespace(num_reqs=3, generators=dict(generators)), discard_request_mask=mask
+    )
+    with sampling_shim.unseeded(runner):
+        assert runner.input_batch.generators == {1: generators[1]}
+    assert runner.input_batch.generators == generators
+
+
+def test_the_runner_says_whose_token_is_thrown_away() -> None:
+    from vllm.v1.worker import gpu_input_batch, gpu_model_runner
+
+    assert "self.discard_request_mask.np[:num_reqs]" in inspect.getsource(gpu_model_runner), "serve/sampling_shim.py"
+    assert "generators=self.generators" in inspect.getsource(gpu_input_batch), "serve/sampling_shim.py"
 
 
 def test_a_runner_without_the_seams_is_refused() -> None:

@@ -8,7 +8,7 @@ import pytest
 from tests.integration.process import START_LIMIT_S, ServedModel
 from tests.integration.tiny_model import write_model
 
-SMALL = ("--max-model-len=512", f"--kv-cache-memory-bytes={1 << 28}")
+SMALL = ("--max-model-len=512", "--max-num-batched-tokens=256", f"--kv-cache-memory-bytes={1 << 28}")
 LEARNING = (
     *SMALL,
     "--k-max=3",

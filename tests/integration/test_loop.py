@@ -81,6 +81,16 @@ def test_published_versions_verify_and_wandb_wrote_offline(learning: ServedModel
     assert list((learning.run_dir / "wandb").glob("offline-run-*/run-*.wandb"))
 
 
+def test_a_seed_gives_the_same_text_again_though_the_prompt_takes_several_steps(learning: ServedModel) -> None:
+    fields = {"temperature": 1.0, "seed": 7, "max_tokens": 1}
+    texts = [learning.complete("a long prompt " * 28, **fields)["choices"][0]["token_ids"] for _ in range(3)]
+    assert texts[0] == texts[1] == texts[2]
+    other = [
+        learning.complete("a long prompt " * 28, **{**fields, "seed": s})["choices"][0]["token_ids"] for s in range(8)
+    ]
+    assert len({tuple(t) for t in other}) > 1, "the text depends on the seed"
+
+
 def test_requests_of_every_kind_work_under_speculation(learning: ServedModel) -> None:
     variants = [
         {"presence_penalty": 0.5, "frequency_penalty": 0.5},
