@@ -97,6 +97,7 @@ def test_requests_of_every_kind_work_under_speculation(learning: ServedModel) ->
         {"logprobs": 3},
         {"stop": ["zz"]},
         {"temperature": 0.8, "seed": 3, "top_p": 0.9, "top_k": 20},
+        {"temperature": 0.8, "top_k": 20},
         {"n": 2, "temperature": 1.0},
         {"metadata": {"domain": "sql"}},
         {"vllm_xargs": {"domain": "sql"}},

@@ -23,7 +23,8 @@ from drafters import TargetWeights, ensure_draft_model, ensure_drafter
 pytestmark = pytest.mark.engine
 
 PROMPTS = ([5, 6, 7, 8], list(range(40, 70)), [9] * 12, [300, 4, 120, 33, 77])
-SETTINGS = ({"temperature": 1.0}, {"temperature": 0.7, "top_p": 0.9}, {"temperature": 1.0, "top_k": 8})
+Settings = tuple[dict[str, float], ...]
+SETTINGS: Settings = ({"temperature": 1.0}, {"temperature": 0.7, "top_p": 0.9}, {"temperature": 1.0, "top_k": 8})
 SAMPLES = 2000
 _PERMUTATIONS = 60_000
 TOKENS = 3  # compared; the requests are longer, because the last tokens of one are never drafted
@@ -54,7 +55,7 @@ def _environment() -> Iterator[None]:
 
 
 def _sample(
-    model: Path, *, install: dict[str, Any] | None = None, **engine: Any
+    model: Path, *, install: dict[str, Any] | None = None, settings: Settings = SETTINGS, **engine: Any
 ) -> tuple[Samples, EngineReport | None]:
     from vllm import LLM, SamplingParams
 
@@ -74,7 +75,7 @@ def _sample(
         if install is not None:
             llm.collective_rpc("aurora_install", args=(install,))
         samples: Samples = []
-        for setting in SETTINGS:
+        for setting in settings:
             params = SamplingParams(**setting, n=SAMPLES, max_tokens=TOKENS + 3, ignore_eos=True)
             outputs = llm.generate([{"prompt_token_ids": p} for p in PROMPTS], params, use_tqdm=False)
             samples += [[tuple(o.token_ids[:TOKENS]) for o in output.outputs] for output in outputs]
@@ -177,6 +178,7 @@ def test_drafts_leave_the_distribution_as_it_is(
 
 
 def test_the_repair_is_still_needed(target: Samples, tiny_model: Path, drafter: DrafterVersion) -> None:
-    samples, _ = _sample(tiny_model, **_speculate(drafter, "greedy"))
-    p = _p_values(target, samples)
+    settings = SETTINGS[:2]  # top-k alone ends the engine without the repair
+    samples, _ = _sample(tiny_model, settings=settings, **_speculate(drafter, "greedy"))
+    p = _p_values(target[: len(samples)], samples)
     assert min(p) < 1e-9, "stock vLLM samples correctly now: remove serve/sampling_shim.py"
