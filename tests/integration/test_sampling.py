@@ -154,7 +154,6 @@ def target(tiny_model: Path) -> Samples:
     ("method", "scheduler", "versions"),
     [
         ("greedy", "serve.scheduler.AuroraScheduler", {1}),
-        ("probabilistic", _MIXED, {1, TABLE_VERSION}),
         ("probabilistic", _MIXED, {1, TABLE_VERSION, -1}),
     ],
 )
