@@ -1,9 +1,10 @@
 """The W&B run of a deployment, kept by an actor of its own: it may crash, restart and lose rows without anyone waiting.
 
-Rows go to three groups, each with its own axis: `serving/*` over `time_s` (seconds since the epoch), `learning/*` over
-`trainer_step`, `versions/*` over `drafter_version`. A deployment that could never log fails at start-up; a run that
-breaks later costs rows, which are counted. W&B's service writes to disk about every 15 s (0.31), so a reporter that is
-killed loses that much; it comes back with a run of its own in the same W&B group.
+Rows go to groups, each with its own axis: `serving/*` over `time_s` (seconds since the epoch), `learning/*` over
+`trainer_step`, `versions/*` over `drafter_version`; the draft model's training has `draft_model_learning/*` and
+`draft_model_versions/*`. A deployment that could never log fails at start-up; a run that breaks later costs rows, which
+are counted. W&B's service writes to disk about every 15 s (0.31), so a reporter that is killed loses that much; it
+comes back with a run of its own in the same W&B group.
 """
 
 import logging
@@ -24,7 +25,13 @@ from aurora.metrics import EngineReport, acceptance_length, merge, per_position_
 
 log = logging.getLogger(__name__)
 
-AXES = {"serving": "time_s", "learning": "trainer_step", "versions": "drafter_version"}
+AXES = {
+    "serving": "time_s",
+    "learning": "trainer_step",
+    "versions": "drafter_version",
+    "draft_model_learning": "draft_model_step",
+    "draft_model_versions": "draft_model_version",
+}
 _SECRET_FLAG = re.compile(r"--?[\w-]*(key|token|secret|password)", re.IGNORECASE)
 
 
@@ -57,13 +64,13 @@ class Reporter:
         self._last_s = time_s
         self._log("serving", time_s, serving_row(latest, self._total, elapsed_s))
 
-    def learning(self, metrics: Mapping[str, Any], step: int) -> None:
+    def learning(self, metrics: Mapping[str, Any], step: int, draft_model: bool = False) -> None:
         """Log the numbers among `metrics` of one optimiser step; nested mappings become `outer/inner`."""
-        self._log("learning", step, dict(_numbers(metrics)))
+        self._log("draft_model_learning" if draft_model else "learning", step, dict(_numbers(metrics)))
 
-    def version(self, metadata: Mapping[str, Any], number: int) -> None:
-        """Log what the publisher said of a drafter version: its gate's acceptance length and the like."""
-        self._log("versions", number, dict(_numbers(metadata)))
+    def version(self, metadata: Mapping[str, Any], number: int, draft_model: bool = False) -> None:
+        """Log what the publisher said of a version: its gate's acceptance length and the like."""
+        self._log("draft_model_versions" if draft_model else "versions", number, dict(_numbers(metadata)))
 
     def ready(self) -> int:
         """Rows dropped so far; the first answer says that the run is open."""

@@ -16,6 +16,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from aurora.metrics import EngineReport
+from aurora.proportion import Proportion
 
 _BLOCK = 50  # drafts
 _SHORT = 8  # blocks
@@ -29,98 +30,74 @@ _EFFECT_WEIGHT = 1000.0  # ... which counts as much as this many drafts do
 _MOST_EFFECT = 16.0
 
 
-@dataclass(frozen=True)
-class _Counts:
-    """First drafts, and how many of them were right; of a long average both have faded."""
-
-    drafts: float = 0.0
-    right: float = 0.0
-
-    def __add__(self, other: "_Counts") -> "_Counts":
-        return _Counts(self.drafts + other.drafts, self.right + other.right)
-
-    def faded(self, drafts: float) -> "_Counts":
-        keep = math.exp(-drafts / _MEMORY)
-        return _Counts(keep * self.drafts, keep * self.right)
-
-    @property
-    def rate(self) -> float:
-        return (self.right + 1) / (self.drafts + 2)
-
-    @property
-    def variance(self) -> float:
-        """Of `rate`, for independent drafts."""
-        return self.rate * (1 - self.rate) / (self.drafts + 2)
-
-
 @dataclass
 class DriftDetector:
     """Watches the drafts of whatever version is live; a new version begins anew. Tell it of every report."""
 
     version: int
     drifted: bool = False
-    _growing: _Counts = _Counts()  # the block that is not full yet
-    _short: deque[_Counts] = field(default_factory=deque)
+    _growing: Proportion = field(default_factory=Proportion)  # the block that is not full yet
+    _short: deque[Proportion] = field(default_factory=deque)
     _shown: deque[float] = field(default_factory=deque)  # design effects of the short averages that ended with these
-    _long: _Counts = _Counts()
-    _effect: _Counts = _Counts()  # drafts, and these times the design effect that they showed
+    _long: Proportion = field(default_factory=Proportion)
+    _effect: Proportion = field(default_factory=Proportion)  # drafts, and these times their design effect
 
     def observe(self, report: EngineReport) -> None:
         """Count the live version's first drafts."""
         if report.drafter_version != self.version:
             self._begin_anew(report.drafter_version)
         drafts, right = report.first_drafts.get(self.version, (0, 0))
-        self._growing += _Counts(drafts, right)
-        if self._growing.drafts >= _BLOCK:
+        self._growing += Proportion(drafts, right)
+        if self._growing.trials >= _BLOCK:
             self._take(self._growing)
-            self._growing = _Counts()
+            self._growing = Proportion()
 
     def __str__(self) -> str:
         new, usual = self._sum(), self._long
-        if not usual.drafts:
+        if not usual.trials:
             return f"little is known of version {self.version}'s drafts yet"
         return (
-            f"of the first tokens of version {self.version}'s drafts {new.rate:.2f} of the last {new.drafts:.0f} were "
+            f"of the first tokens of version {self.version}'s drafts {new.rate:.2f} of the last {new.trials:.0f} were "
             f"right, {usual.rate:.2f} before"
         )
 
     def _begin_anew(self, version: int) -> None:
         self.version, self.drifted = version, False
-        self._growing = self._long = self._effect = _Counts()
+        self._growing = self._long = self._effect = Proportion()
         self._short.clear()
         self._shown.clear()
 
-    def _take(self, block: _Counts) -> None:
+    def _take(self, block: Proportion) -> None:
         self._short.append(block)
         if len(self._short) > _SHORT:
             self._retire(self._short.popleft())
-        if self._long.drafts >= _LEAST * _SHORT * _BLOCK:
+        if self._long.trials >= _LEAST * _SHORT * _BLOCK:
             self._shown.append(self._show_effect())
             below = self._below()
             self.drifted = below > (_ENDED if self.drifted else _SIGMAS)
 
-    def _retire(self, old: _Counts) -> None:
+    def _retire(self, old: Proportion) -> None:
         """The oldest block becomes past: part of the long average. What it showed counts unless it was drift."""
-        self._long = self._long.faded(old.drafts) + old
+        self._long = self._long.faded(_keep(old.trials)) + old
         if len(self._shown) >= _SHORT:
             shown = self._shown.popleft()
             if not self.drifted:
-                self._effect = self._effect.faded(old.drafts) + _Counts(old.drafts, old.drafts * shown)
+                self._effect = self._effect.faded(_keep(old.trials)) + Proportion(old.trials, old.trials * shown)
 
     def _show_effect(self) -> float:
         """Squared deviation of the short average from the long one, over what independence predicts."""
         short, rate = self._sum(), self._long.rate
-        expected = rate * (1 - rate) * (1 / short.drafts + 1 / self._long.drafts)
-        return min((short.right / short.drafts - rate) ** 2 / expected, _MOST_EFFECT**2)
+        expected = rate * (1 - rate) * (1 / short.trials + 1 / self._long.trials)
+        return min((short.right / short.trials - rate) ** 2 / expected, _MOST_EFFECT**2)
 
-    def _sum(self) -> _Counts:
-        return sum(self._short, _Counts())
+    def _sum(self) -> Proportion:
+        return sum(self._short, Proportion())
 
     @property
     def design_effect(self) -> float:
         """Variance of a short average over that of as many independent drafts; between 1 and `_MOST_EFFECT`."""
         seen = self._effect
-        mean = (_EFFECT * _EFFECT_WEIGHT + seen.right) / (_EFFECT_WEIGHT + seen.drafts)
+        mean = (_EFFECT * _EFFECT_WEIGHT + seen.right) / (_EFFECT_WEIGHT + seen.trials)
         return min(max(mean, 1.0), _MOST_EFFECT)
 
     def _below(self) -> float:
@@ -129,3 +106,8 @@ class DriftDetector:
         if short.rate >= _KEEP * long.rate:
             return 0.0
         return (long.rate - short.rate) / math.sqrt(self.design_effect * (short.variance + long.variance))
+
+
+def _keep(drafts: float) -> float:
+    """What a long average keeps of its weight while so many drafts are added to it."""
+    return math.exp(-drafts / _MEMORY)

@@ -10,31 +10,13 @@ import math
 from dataclasses import dataclass, field
 
 from aurora.metrics import EngineReport
+from aurora.proportion import Proportion
 
 _KEEP = 0.9  # share of the older version's acceptance rate that a newer one may not fall below
 _SIGMAS = 3.0
 _LEAST = 20  # drafts of each before anything is said
 _PROBATION = 1000  # drafts after which a version is trusted
 _MEMORY = 1000  # drafts of a version that are remembered
-
-
-@dataclass
-class _Seen:
-    right: float = 0.0
-    drafts: float = 0.0
-
-    def add(self, right: int, drafts: int) -> None:
-        fade = max(0.0, 1.0 - drafts / _MEMORY) if self.drafts + drafts > _MEMORY else 1.0
-        self.right = fade * self.right + right
-        self.drafts = fade * self.drafts + drafts
-
-    @property
-    def rate(self) -> float:
-        return (self.right + 1) / (self.drafts + 2)
-
-    @property
-    def variance(self) -> float:
-        return self.rate * (1 - self.rate) / (self.drafts + 2)
 
 
 @dataclass
@@ -47,7 +29,7 @@ class VersionGuard:
     live: int
     sign: int = 1
     _before: int | None = None
-    _seen: dict[int, _Seen] = field(default_factory=dict)
+    _seen: dict[int, Proportion] = field(default_factory=dict)
 
     def swapped(self, version: int) -> None:
         """`version` drafts from now on and is on probation against the one before it."""
@@ -58,18 +40,20 @@ class VersionGuard:
         """Count the first drafts of a report."""
         for version, (drafts, right) in report.first_drafts.items():
             if self.sign * version in (self.live, self._before):
-                self._seen.setdefault(self.sign * version, _Seen()).add(right, drafts)
+                new, seen = Proportion(drafts, right), self._seen.get(self.sign * version, Proportion())
+                full = seen.trials + drafts > _MEMORY
+                self._seen[self.sign * version] = new + seen.faded(max(0.0, 1.0 - drafts / _MEMORY) if full else 1.0)
 
     @property
     def worse(self) -> str:
         """Why the live version should go, or "" while there is no reason."""
         old, new = self._seen.get(self._before or 0), self._seen.get(self.live)
-        if old is None or new is None or min(old.drafts, new.drafts) < _LEAST or new.drafts > _PROBATION:
+        if old is None or new is None or min(old.trials, new.trials) < _LEAST or new.trials > _PROBATION:
             return ""
         missing = _KEEP * old.rate - new.rate
         if missing < _SIGMAS * math.sqrt(_KEEP**2 * old.variance + new.variance):
             return ""
         return (
-            f"{new.rate:.2f} of the first tokens of its {new.drafts:.0f} drafts were right, "
+            f"{new.rate:.2f} of the first tokens of its {new.trials:.0f} drafts were right, "
             f"of version {self._before} {old.rate:.2f}"
         )

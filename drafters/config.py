@@ -16,8 +16,8 @@ _MIN_LAYERS = 7  # below it the tapped layers coincide and vLLM taps fewer than 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Eagle3Config:
-    """Sizes and constants of one drafter. H = hidden_size; the drafter's input is 3 tapped target layers, [*, 3H]."""
+class DecoderConfig:
+    """Sizes and constants that a drafter's decoder layers share with the target's."""
 
     hidden_size: int
     intermediate_size: int
@@ -25,10 +25,52 @@ class Eagle3Config:
     num_key_value_heads: int
     head_dim: int
     vocab_size: int  # of the target
-    draft_vocab_size: int  # tokens that the drafter can propose, below vocab_size
     rms_norm_eps: float
     max_position_embeddings: int
     rope: dict[str, Any] = field(hash=False)  # Hugging Face `rope_parameters`: rope_type, rope_theta, ...
+
+    @staticmethod
+    def sizes(target: dict[str, Any]) -> dict[str, Any]:
+        """The fields above for the target whose `config.json` is `target`, by name."""
+        heads = target["num_attention_heads"]
+        return {
+            "hidden_size": target["hidden_size"],
+            "intermediate_size": target["intermediate_size"],
+            "num_attention_heads": heads,
+            "num_key_value_heads": target.get("num_key_value_heads") or heads,
+            "head_dim": target.get("head_dim") or target["hidden_size"] // heads,
+            "vocab_size": target["vocab_size"],
+            "rms_norm_eps": target["rms_norm_eps"],
+            "max_position_embeddings": target["max_position_embeddings"],
+            "rope": rope_parameters(target),
+        }
+
+    def hugging_face(self, layers: int, tied: bool = False) -> dict[str, Any]:
+        """The same in a Hugging Face Llama's `config.json`, for that many layers; `tied`: the head is the embedding."""
+        return {
+            "model_type": "llama",
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_attention_heads": self.num_attention_heads,
+            "num_key_value_heads": self.num_key_value_heads,
+            "num_hidden_layers": layers,
+            "head_dim": self.head_dim,
+            "vocab_size": self.vocab_size,
+            "rms_norm_eps": self.rms_norm_eps,
+            "max_position_embeddings": self.max_position_embeddings,
+            "rope_parameters": self.rope,
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "mlp_bias": False,
+            "tie_word_embeddings": tied,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eagle3Config(DecoderConfig):
+    """Sizes and constants of one drafter. H = hidden_size; the drafter's input is 3 tapped target layers, [*, 3H]."""
+
+    draft_vocab_size: int  # tokens that the drafter can propose, below vocab_size
     aux_layer_ids: tuple[int, int, int]  # tapped layers: states after that many decoder layers
     target_name: str = ""  # directory or hub name of the target
     target_architectures: tuple[str, ...] = ()
@@ -43,16 +85,8 @@ class Eagle3Config:
                 "lower speculation.draft_vocab"
             )
         return cls(
-            hidden_size=target["hidden_size"],
-            intermediate_size=target["intermediate_size"],
-            num_attention_heads=target["num_attention_heads"],
-            num_key_value_heads=target.get("num_key_value_heads") or target["num_attention_heads"],
-            head_dim=target.get("head_dim") or target["hidden_size"] // target["num_attention_heads"],
-            vocab_size=target["vocab_size"],
+            **cls.sizes(target),
             draft_vocab_size=draft_vocab_size,
-            rms_norm_eps=target["rms_norm_eps"],
-            max_position_embeddings=target["max_position_embeddings"],
-            rope=rope_parameters(target),
             aux_layer_ids=default_aux_layers(target["num_hidden_layers"]),
             target_name=target_name,
             target_architectures=tuple(target.get("architectures") or ()),

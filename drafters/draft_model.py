@@ -8,7 +8,7 @@ keys is the caller's affair (`Attend`): packed texts in training (`attend_packed
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, cast
 
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from drafters.config import rope_parameters
+from drafters.config import DecoderConfig
 from drafters.eagle3 import GatedMLP, RMSNorm
 from drafters.rotary import inverse_frequencies, rotate
 from drafters.target import TargetWeights
@@ -26,20 +26,11 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class DraftModelConfig:
+class DraftModelConfig(DecoderConfig):
     """Sizes of one draft model; all but the number of layers are the target's."""
 
     num_hidden_layers: int
-    hidden_size: int
-    intermediate_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    vocab_size: int
-    rms_norm_eps: float
-    max_position_embeddings: int
     tied: bool  # the head is the embedding
-    rope: dict[str, Any] = field(hash=False)  # Hugging Face `rope_parameters`
 
     @classmethod
     def for_target(cls, target: dict[str, Any], layers: int) -> "DraftModelConfig":
@@ -49,19 +40,7 @@ class DraftModelConfig:
                 f"draft_layers {layers} must be below the target's {target['num_hidden_layers']} layers: "
                 "lower speculation.draft_layers"
             )
-        return cls(
-            num_hidden_layers=layers,
-            hidden_size=target["hidden_size"],
-            intermediate_size=target["intermediate_size"],
-            num_attention_heads=target["num_attention_heads"],
-            num_key_value_heads=target.get("num_key_value_heads") or target["num_attention_heads"],
-            head_dim=target.get("head_dim") or target["hidden_size"] // target["num_attention_heads"],
-            vocab_size=target["vocab_size"],
-            rms_norm_eps=target["rms_norm_eps"],
-            max_position_embeddings=target["max_position_embeddings"],
-            tied=bool(target.get("tie_word_embeddings")),
-            rope=rope_parameters(target),
-        )
+        return cls(**cls.sizes(target), num_hidden_layers=layers, tied=bool(target.get("tie_word_embeddings")))
 
 
 class _Attention(nn.Module):

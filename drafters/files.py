@@ -43,33 +43,13 @@ def _speculators_config(config: Eagle3Config, speculative_tokens: int, fingerpri
             "proposal_methods": [proposal],
             "verifier": verifier,
         },
-        "transformer_layer_config": _layer_config(config),
+        "transformer_layer_config": config.hugging_face(layers=1),
         "draft_vocab_size": config.draft_vocab_size,
         "target_hidden_size": config.hidden_size,
         "norm_before_residual": False,
         "eagle_aux_hidden_state_layer_ids": list(config.aux_layer_ids),
         "torch_dtype": "float32",
         "aurora": {"target_fingerprint": fingerprint},
-    }
-
-
-def _layer_config(config: Eagle3Config) -> dict[str, Any]:
-    return {
-        "model_type": "llama",
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "num_hidden_layers": 1,
-        "head_dim": config.head_dim,
-        "vocab_size": config.vocab_size,
-        "rms_norm_eps": config.rms_norm_eps,
-        "max_position_embeddings": config.max_position_embeddings,
-        "rope_parameters": config.rope,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": False,
     }
 
 

@@ -5,25 +5,19 @@ expanded temperature, top-k or top-p and drops it, so every sampled token under 
 replacement expands with `repeat_interleave`. It is exact on every device and version, so it may stay installed when
 vLLM no longer needs it; `tests/integration/test_sampling.py` fails while it is needed and missing.
 
-A request with top-k, but no top-p, ends the engine when a step verifies no draft of anybody: the largest of no k is
-asked for. `apply_sampling_constraints` leaves out what has no rows.
-
 A request with a seed whose prompt takes several steps ends the engine: vLLM samples after each part of the prompt,
 throws the token away and winds the request's generator back, which generators on a CPU cannot do. `unseeded` keeps such
 requests' generators out of the step, so that there is nothing to wind back.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    Constrain = Callable[..., Tensor]
 
 AFFECTED_VERSIONS = ">=0.32,<0.34"
 
@@ -43,23 +37,12 @@ def install() -> None:
     """Replace vLLM's function in this process. Raises RuntimeError when vLLM has moved it."""
     from vllm.v1.sample import rejection_sampler
 
-    for name in ("expand_batch_to_tokens", "apply_sampling_constraints"):
-        if not hasattr(rejection_sampler, name):
-            raise RuntimeError(
-                f"vllm.v1.sample.rejection_sampler has no {name}: this vLLM is not one of {AFFECTED_VERSIONS}, "
-                "install one that is"
-            )
+    if not hasattr(rejection_sampler, "expand_batch_to_tokens"):
+        raise RuntimeError(
+            "vllm.v1.sample.rejection_sampler has no expand_batch_to_tokens: this vLLM is not one of "
+            f"{AFFECTED_VERSIONS}, install one that is"
+        )
     rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
-    if not hasattr(rejection_sampler.apply_sampling_constraints, "__wrapped__"):
-        rejection_sampler.apply_sampling_constraints = _of_some_rows(rejection_sampler.apply_sampling_constraints)
-
-
-def _of_some_rows(constrain: "Constrain") -> "Constrain":
-    @wraps(constrain)
-    def constrain_rows(logits: "Tensor", *args: Any, **kwargs: Any) -> "Tensor":
-        return constrain(logits, *args, **kwargs) if len(logits) else logits
-
-    return constrain_rows
 
 
 @contextmanager

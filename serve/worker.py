@@ -154,6 +154,9 @@ class RunnerHooks:
             self._model_drafts = self.model.draft(self._notes.model_for, self._notes.model_cap)
 
     def _sample(self, logits: "Tensor", spec_decode_metadata: Any) -> Any:
+        if spec_decode_metadata is not None and not any(spec_decode_metadata.num_draft_tokens):
+            # Nothing to verify. Rejection sampling would say the same, later; and with top-k alone ends the engine.
+            spec_decode_metadata = None
         result = self._original["_sample"](logits, spec_decode_metadata)
         if self._state is not None:
             # The drafts just judged were made before any swap since: they belong to `_draft_version`.

@@ -3,12 +3,16 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
 from aurora.trace import DraftTrace
+
+if TYPE_CHECKING:
+    from drafters import TargetWeights
 
 # Timings of single examples say nothing on a machine that is shared with engines and trainers.
 settings.register_profile("aurora", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -33,6 +37,14 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny import write_target
 
     return write_target(tmp_path_factory.mktemp("target"))
+
+
+@pytest.fixture(scope="module")
+def target(directory: Path) -> "TargetWeights":
+    """What drafters and trainer use of that model."""
+    from drafters import TargetWeights
+
+    return TargetWeights.load(directory)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import wandb
 from wandb.proto import wandb_internal_pb2
 
 from aurora.config import AuroraConfig, UserError
-from aurora.dashboard import Reporter, check, public_config, serving_row
+from aurora.dashboard import AXES, Reporter, check, public_config, serving_row
 from aurora.metrics import EngineReport
 
 REPORT = EngineReport(
@@ -123,15 +123,17 @@ def test_a_broken_run_costs_rows_and_one_warning(tmp_path, caplog):
 def test_rows_carry_their_axis_and_only_numbers(tmp_path):
     run = FakeRun()
     reporter = Reporter(config(tmp_path), run)
+    reporter.learning({"loss": 1.5}, 3, draft_model=True)
     reporter.version({"note": "first", "gate": {"per_position": [0.5, 0.25], "passed": True}, "parent": None}, 2)
-    assert run.axes == {"serving/*": "time_s", "learning/*": "trainer_step", "versions/*": "drafter_version"}
+    assert run.axes == {f"{group}/*": axis for group, axis in AXES.items()}
     assert run.rows == [
+        {"draft_model_step": 3, "draft_model_learning/loss": 1.5},
         {
             "drafter_version": 2,
             "versions/gate/per_position_0": 0.5,
             "versions/gate/per_position_1": 0.25,
             "versions/gate/passed": 1.0,
-        }
+        },
     ]
 
 

@@ -28,11 +28,6 @@ from tests.tiny import DRAFT_VOCAB, VOCAB, prompts, write_target
 
 
 @pytest.fixture(scope="module")
-def target(directory: Path) -> TargetWeights:
-    return TargetWeights.load(directory)
-
-
-@pytest.fixture(scope="module")
 def model(target: TargetWeights) -> DraftModel:
     return initialise_draft_model(target, 2, DRAFT_VOCAB)
 

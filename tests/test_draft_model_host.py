@@ -16,11 +16,6 @@ from serve.draft_model import DraftModelHost
 from tests.tiny import DRAFT_VOCAB, prompts
 
 
-@pytest.fixture(scope="module")
-def target(directory: Path) -> TargetWeights:
-    return TargetWeights.load(directory)
-
-
 @pytest.fixture
 def store(target: TargetWeights, tmp_path: Path) -> DrafterStore:
     """With version 1 from the target's layers and a version 2 of other weights."""

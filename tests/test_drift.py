@@ -94,23 +94,15 @@ def test_better_drafts_are_no_drift(seed: int, rate: float, gain: float):
     assert not watch(detector, independent(rate + gain, seed + 1), 3000)
 
 
-def test_drift_ends_when_the_new_traffic_is_the_usual_one():
+@pytest.mark.parametrize(("rate", "drafts"), [(0.2, 15_000), (0.5, 500)], ids=["it is the usual", "the old returns"])
+def test_drift_ends_with_what_is_strange(rate: float, drafts: int):
     detector = DriftDetector(1)
     watch(detector, independent(0.5, 0), 10_000)
     watch(detector, independent(0.2, 1), 1000)
     assert detector.drifted
-    watch(detector, independent(0.2, 2), 15_000)
+    watch(detector, independent(rate, 2), drafts)
     assert not detector.drifted
-    assert not watch(detector, independent(0.2, 3), 5000)
-
-
-def test_drift_ends_when_the_old_traffic_returns():
-    detector = DriftDetector(1)
-    watch(detector, independent(0.5, 0), 10_000)
-    watch(detector, independent(0.2, 1), 600)
-    assert detector.drifted
-    watch(detector, independent(0.5, 2), 500)
-    assert not detector.drifted
+    assert not watch(detector, independent(rate, 3), 5000)
 
 
 def test_a_new_version_begins_anew():

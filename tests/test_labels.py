@@ -2,13 +2,11 @@
 
 import json
 import socket
-import threading
 from collections.abc import Iterator
 
 import httpx
 import openai
 import pytest
-import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 from hypothesis import given
@@ -16,6 +14,7 @@ from hypothesis import strategies as st
 
 from serve.domains import MAX_LABEL
 from serve.labels import install, relabelled
+from tests.local_http import serving
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
@@ -53,15 +52,8 @@ class App:
 @pytest.fixture(scope="module")
 def app() -> Iterator[App]:
     app = App()
-    sock = socket.create_server(("127.0.0.1", 0))
-    app.url = f"http://127.0.0.1:{sock.getsockname()[1]}"
-    server = uvicorn.Server(uvicorn.Config(app.app, log_level="error", timeout_graceful_shutdown=1))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
-    thread.start()
-    yield app
-    server.should_exit = True
-    thread.join()
-    sock.close()
+    with serving(app.app) as app.url:
+        yield app
 
 
 def _post(app: App, body: object, path: str = CHAT, **options) -> httpx.Response:

@@ -20,9 +20,9 @@ from aurora.results import read_rows
 from aurora.trace import DraftTrace, decode_traces
 from drafters import TargetWeights, load_drafter
 from drafters.rollout import Context, Nodes, run_rollouts
-from tests.tiny import TinyServer, prompts, tiny_config
+from tests.tiny import TinyServer, greedy_manifest, prompts, tiny_config
 from trainer.loop import TrainerLoop
-from trainer.recording import Manifest, Recording, RecordingWriter, request_key
+from trainer.recording import Recording, RecordingWriter, request_key
 from trainer.sequence import OpenSequence, Sequence
 from trainer.verify import greedy_drafts
 
@@ -34,16 +34,7 @@ FREE = dict.fromkeys(COSTS, 0.0)
 def recorded(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve greedy answers of the tiny target, three of each of four prompts."""
     server, out = TinyServer(directory), tmp_path_factory.mktemp("recording")
-    target = TargetWeights.load(directory)
-    how = Manifest(
-        model=str(directory),
-        fingerprint=target.fingerprint,
-        temperature=0.0,
-        top_p=1.0,
-        top_k=0,
-        max_tokens=24,
-        seed=0,
-    )
+    how = greedy_manifest(directory, max_tokens=24)
     writer = RecordingWriter(out / "recording", how)
     asked = prompts(4) * 3
     for i, (turns, prompt) in enumerate(zip(TURNS, asked, strict=True)):

@@ -85,21 +85,6 @@ def test_the_sampling_repair_expands_floats_and_integers() -> None:
     assert torch.equal(expand(torch.tensor([5, 6, 7]), bounds, 5), torch.tensor([5, 5, 7, 7, 7]))
 
 
-def test_a_step_that_verifies_nothing_has_nothing_to_constrain() -> None:
-    from types import SimpleNamespace
-
-    from vllm.v1.sample import rejection_sampler
-
-    sampling_shim.install()
-    top_k = SimpleNamespace(all_greedy=False, temperature=torch.ones(2), top_k=torch.tensor([3, 4]), top_p=None)
-    constrain = rejection_sampler.apply_sampling_constraints
-    assert constrain(torch.zeros(0, 9), torch.tensor([0, 0]), top_k).shape == (0, 9)
-    some = constrain(torch.arange(18.0).view(2, 9), torch.tensor([1, 2]), top_k)
-    assert some.isfinite().sum(1).tolist() == [3, 4]
-    sampling_shim.install()
-    assert rejection_sampler.apply_sampling_constraints is constrain, "once is enough"
-
-
 def test_a_seeded_request_keeps_its_generator_out_of_steps_whose_token_is_thrown_away() -> None:
     from types import SimpleNamespace
 

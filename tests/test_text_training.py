@@ -2,6 +2,7 @@
 
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from tests.tiny import DRAFT_VOCAB, HIDDEN, VOCAB, TinyServer, half_right, promp
 from trainer.buffer import Replay
 from trainer.draft_model import DraftModelTraining
 from trainer.loop import TrainerLoop
+from trainer.sinks import Sinks
 from trainer.text import build_text_batch, greedy_text
 from trainer.verify import accepted_drafts
 
@@ -28,11 +30,6 @@ def traffic(directory: Path) -> list[DraftTrace]:
     return [t for n, (_, p) in enumerate(asked) for t in server.traces(f"r{n}", p, 14, half_right)]
 
 
-@pytest.fixture(scope="module")
-def target(directory: Path) -> TargetWeights:
-    return TargetWeights.load(directory)
-
-
 @pytest.fixture
 def replay(traffic: list[DraftTrace]) -> Replay:
     replay = Replay(HIDDEN, VOCAB, 64, 0.3)
@@ -41,10 +38,16 @@ def replay(traffic: list[DraftTrace]) -> Replay:
     return replay
 
 
-def _loop(directory: Path, run_dir: Path, drafters: tuple[str, ...] = ("model",), **trainer: object) -> TrainerLoop:
+def _loop(
+    directory: Path,
+    run_dir: Path,
+    drafters: tuple[str, ...] = ("model",),
+    sinks: Sinks | None = None,
+    **trainer: object,
+) -> TrainerLoop:
     tree = tiny_config(run_dir, **trainer).model_dump()
     tree["speculation"]["drafters"] = drafters
-    return TrainerLoop(AuroraConfig.model_validate(tree), directory, clock=lambda: 0.0)
+    return TrainerLoop(AuroraConfig.model_validate(tree), directory, clock=lambda: 0.0, model_sinks=sinks)
 
 
 def test_a_judged_row_is_the_targets_for_the_token_that_follows(replay: Replay, target: TargetWeights) -> None:
@@ -82,7 +85,8 @@ def test_greedy_text_is_incremental_drafting_up_to_the_first_wrong_draft(replay:
 def test_it_learns_publishes_and_leaves_the_target_alone(
     directory: Path, traffic: list[DraftTrace], tmp_path: Path
 ) -> None:
-    loop = _loop(directory, tmp_path)
+    told: list[tuple[int, dict[str, Any]]] = []
+    loop = _loop(directory, tmp_path, sinks=Sinks(*[lambda row, number: told.append((number, row))] * 2))
     training = loop.draft_model
     assert training is not None
     frozen = [t.clone() for t in (training.live.embed_tokens, training.live.lm_head)]
@@ -99,6 +103,8 @@ def test_it_learns_publishes_and_leaves_the_target_alone(
     assert published.number == training.version == 2
     verdict = published.metadata
     assert verdict["acceptance_length"] > verdict["parent_acceptance_length"] >= 1.0
+    assert [row["loss"] for _, row in told[:-1]] == losses
+    assert told[-1] == (2, verdict)
     on_disk = load_draft_model(DrafterStore(loop.config.draft_model_dir).verify(2).path, loop._target)
     assert all(torch.equal(on_disk.state_dict()[n], t) for n, t in training.live.state_dict().items())
     assert all(torch.equal(a, b) for a, b in zip(frozen, (on_disk.embed_tokens, on_disk.lm_head), strict=True))

@@ -1,14 +1,11 @@
 import asyncio
 import json
 import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
 
 import pytest
-import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from prometheus_client import CollectorRegistry, generate_latest
@@ -18,6 +15,7 @@ from aurora.metrics import EngineReport
 from aurora.traffic import TrafficOptions, arrivals, run
 from aurora.traffic_result import Record, boundaries, summarise
 from serve.exporter import PrometheusExporter
+from tests.local_http import serving
 from tests.waiting import wait_until
 
 
@@ -103,15 +101,8 @@ def chunk(**fields):
 @pytest.fixture
 def endpoint():
     endpoint = Endpoint()
-    sock = socket.create_server(("127.0.0.1", 0))
-    endpoint.url = f"http://127.0.0.1:{sock.getsockname()[1]}"
-    server = uvicorn.Server(uvicorn.Config(endpoint.app, log_level="error", timeout_graceful_shutdown=1))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
-    thread.start()
-    yield endpoint
-    server.should_exit = True
-    thread.join()
-    sock.close()
+    with serving(endpoint.app) as endpoint.url:
+        yield endpoint
 
 
 @pytest.fixture

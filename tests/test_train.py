@@ -9,9 +9,9 @@ from aurora.cli import main
 from aurora.trace import DraftTrace, decode_traces, encode_traces
 from aurora.trace_log import TraceLog, log_files
 from drafters import TargetWeights, load_drafter
-from tests.tiny import DRAFT_VOCAB, TinyServer, half_right, prompts, write_target
+from tests.tiny import DRAFT_VOCAB, TinyServer, greedy_manifest, half_right, prompts, write_target
 from trainer.loop import TrainerLoop
-from trainer.recording import Manifest, Recording, RecordingWriter, Verified, traces_of
+from trainer.recording import Recording, RecordingWriter, Verified, traces_of
 from trainer.sequence import OpenSequence, Sequence
 
 TINY = ("batch_rows=64", "warmup_steps=2", "learning_rate=0.003", "holdout=0.3", "precision=fp32")
@@ -109,15 +109,7 @@ def test_what_cannot_be_used_is_named(
 
 @pytest.fixture
 def recording(directory: Path, traffic: list[DraftTrace], tmp_path: Path) -> Recording:
-    how = Manifest(
-        model=str(directory),
-        fingerprint=TargetWeights.load(directory).fingerprint,
-        temperature=0.0,
-        top_p=1.0,
-        top_k=0,
-        max_tokens=12,
-        seed=0,
-    )
+    how = greedy_manifest(directory, max_tokens=12)
     writer = RecordingWriter(tmp_path / "recording", how)
     for request in dict.fromkeys(t.request_id for t in traffic):
         whole = together([t for t in traffic if t.request_id == request])

@@ -15,7 +15,8 @@ from drafters import TargetWeights, load_drafter
 from tests.tiny import TinyServer, half_right, prompts, tiny_config
 from trainer.budget import Load
 from trainer.checkpoint import FILE
-from trainer.loop import Sinks, TrainerLoop
+from trainer.loop import TrainerLoop
+from trainer.sinks import Sinks
 
 STEPS = 80  # enough to beat the drafter of day 0 on held-out requests
 

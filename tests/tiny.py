@@ -11,6 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from aurora.config import AuroraConfig
 from aurora.trace import DraftTrace
+from drafters import TargetWeights
+from trainer.recording import Manifest
 
 VOCAB, HIDDEN, LAYERS = 300, 48, 7
 DRAFT_VOCAB = 256
@@ -128,6 +130,19 @@ def _trace(
         temperature=0.0,
         top_p=1.0,
         top_k=0,
+    )
+
+
+def greedy_manifest(directory: Path, max_tokens: int) -> Manifest:
+    """How a recording of greedy answers of that target would be made."""
+    return Manifest(
+        model=str(directory),
+        fingerprint=TargetWeights.load(directory).fingerprint,
+        temperature=0.0,
+        top_p=1.0,
+        top_k=0,
+        max_tokens=max_tokens,
+        seed=0,
     )
 
 

@@ -15,7 +15,8 @@ import torch
 
 from aurora.config import AuroraConfig
 from trainer.budget import Load
-from trainer.loop import Sinks, TrainerLoop
+from trainer.loop import TrainerLoop
+from trainer.sinks import Sinks
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,8 @@ class Trainer:
         _yield_to_others(config.trainer.nice)
         torch.set_num_threads(config.trainer.threads)
         device = "cuda" if config.trainer.num_gpus > 0 else "cpu"
-        self._loop = TrainerLoop(config, Path(target_dir), _sinks(reporter), device=device)
+        sinks, model_sinks = _sinks(reporter)
+        self._loop = TrainerLoop(config, Path(target_dir), sinks, device=device, model_sinks=model_sinks)
         self._thread = threading.Thread(target=self._train, name="training", daemon=True)
         self._thread.start()
 
@@ -68,24 +70,28 @@ def _yield_to_others(nice: int) -> None:
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
-def _sinks(name: str | None) -> Sinks:
-    """Fire and forget: a dead reporter loses metrics and nothing else."""
+def _sinks(name: str | None) -> tuple[Sinks, Sinks]:
+    """Of the neural drafter and of the draft model. Fire and forget: a dead reporter loses metrics and nothing else."""
     try:
         reporter = ray.get_actor(name) if name is not None else None
     except ValueError:  # Ray knows no living actor of this name
         log.warning("the reporter %s is gone; training goes on unreported", name)
         reporter = None
     if reporter is None:
-        return Sinks()
+        return Sinks(), Sinks()
+    return _tell_of(reporter), _tell_of(reporter, draft_model=True)
+
+
+def _tell_of(reporter: Any, **which: bool) -> Sinks:
     return Sinks(
-        learning=lambda metrics, step: _tell(reporter.learning, metrics, step),
-        version=lambda metadata, number: _tell(reporter.version, metadata, number),
+        learning=lambda metrics, step: _tell(reporter.learning, metrics, step, **which),
+        version=lambda metadata, number: _tell(reporter.version, metadata, number, **which),
     )
 
 
-def _tell(method: Any, values: dict[str, Any], number: int) -> None:
+def _tell(method: Any, values: dict[str, Any], number: int, **which: bool) -> None:
     try:
-        method.remote(values, number)
+        method.remote(values, number, **which)
     except ray.exceptions.RayError as error:
         log.debug("reporter is gone: %s", error)
 

@@ -28,6 +28,7 @@ from trainer.gate import Acceptance, Verdict
 from trainer.learner import StepMetrics, uses_bf16
 from trainer.losses import LOSSES, forward_kl, target_probabilities
 from trainer.sequence import Sequence
+from trainer.sinks import Sinks
 from trainer.text import TextBatch, build_text_batch, greedy_text, predictions
 from trainer.verify import accepted_drafts
 
@@ -124,6 +125,7 @@ class DraftModelTraining:
         replay: Replay,
         guard: AbstractContextManager[Any],
         *,
+        sinks: Sinks,
         clock: Callable[[], float],
         device: str,
     ) -> None:
@@ -133,7 +135,7 @@ class DraftModelTraining:
         """
         self._settings, self._k_max = config.trainer, config.speculation.k_max
         self._target, self._replay, self._guard = target, replay, guard
-        self._clock, self._device = clock, device
+        self._sinks, self._clock, self._device = sinks, clock, device
         self._checkpoints = config.run_dir / "trainer" / "draft_model"
         self._store = DrafterStore(config.draft_model_dir)
         self.version = ensure_draft_model(self._store, target, config.speculation).number
@@ -196,8 +198,9 @@ class DraftModelTraining:
         rng = random.Random(f"{self._settings.seed}:draft model:{self.learner.steps}")
         with self._guard:
             windows = self._replay.sample(self._settings.batch_rows, rng)
-        self.last_step = self.learner.step(build_text_batch(windows, self._device))
-        return self.last_step
+        self.last_step = metrics = self.learner.step(build_text_batch(windows, self._device))
+        self._sinks.learning({**asdict(metrics), "acceptance_length": metrics.acceptance_length}, metrics.step)
+        return metrics
 
     def publish(self) -> DrafterVersion | None:
         """Gate the draft model and publish it if it passes."""
@@ -233,16 +236,7 @@ class DraftModelTraining:
         self.gated_rates = [float(rate) for rate in self._store.read(latest).metadata.get("gated_rates") or []]
 
     def _release(self, verdict: Verdict) -> DrafterVersion:
-        metadata = {
-            "parent": self.version,
-            "trainer_step": self.learner.steps,
-            "tokens_trained": self.learner.tokens,
-            "acceptance_length": verdict.candidate.length,
-            "acceptance_per_position": list(verdict.candidate.per_position),
-            "gated_rates": list(verdict.candidate.conditional),
-            "parent_acceptance_length": verdict.live.length,
-            "gate_rows": verdict.candidate.rows,
-        }
+        metadata = verdict.metadata(self.version, self.learner.steps, self.learner.tokens)
         self.checkpoint()  # first: whoever sees a version may count on its training being resumable
         model, frozen = self.learner.model, self._directory / FROZEN
         published = self._store.publish(
@@ -251,6 +245,7 @@ class DraftModelTraining:
         self.live.copy_from(model.state_dict())
         self.version, self.gated_rates = published.number, list(verdict.candidate.conditional)
         self._store.prune(self._settings.keep_versions)
+        self._sinks.version(metadata, published.number)
         return published
 
     def checkpoint(self) -> None:

@@ -5,6 +5,7 @@ first wrong token. Temperature plays no part: the measure is the one that decide
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -40,6 +41,19 @@ class Verdict:
     candidate: Acceptance
     live: Acceptance
     passed: bool
+
+    def metadata(self, parent: int, steps: int, tokens: int) -> dict[str, Any]:
+        """What a version that passed says of itself: child of `parent`, after so many trainer steps on `tokens`."""
+        return {
+            "parent": parent,
+            "trainer_step": steps,
+            "tokens_trained": tokens,
+            "acceptance_length": self.candidate.length,
+            "acceptance_per_position": list(self.candidate.per_position),
+            "gated_rates": list(self.candidate.conditional),
+            "parent_acceptance_length": self.live.length,
+            "gate_rows": self.candidate.rows,
+        }
 
 
 def judge(candidate: Eagle3, live: Eagle3, sequences: list[Sequence], k: int, margin: float) -> Verdict:

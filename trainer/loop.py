@@ -10,7 +10,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +27,12 @@ from trainer.flops import Speed, measure_peak, step_flops
 from trainer.gate import Verdict, judge
 from trainer.learner import Learner, StepMetrics, uses_bf16
 from trainer.rollout import build_batch
+from trainer.sinks import Sinks
 
 log = logging.getLogger(__name__)
 
 _TRAINING_PER_GATE = 4.0  # seconds of training that a second of judging must follow: a slow trainer learns, too
 MAX_PASSES = 50  # over the rows received: beyond it training waits for fresh traffic instead of learning it by heart
-
-
-@dataclass(frozen=True)
-class Sinks:
-    """Where results go; both are called from the training thread and must return at once."""
-
-    learning: Callable[[dict[str, Any], int], None] = lambda _metrics, _step: None
-    version: Callable[[dict[str, Any], int], None] = lambda _metadata, _number: None
 
 
 class TrainerLoop:
@@ -52,6 +45,8 @@ class TrainerLoop:
         sinks: Sinks | None = None,
         clock: Callable[[], float] = time.monotonic,
         device: str = "cpu",
+        *,
+        model_sinks: Sinks | None = None,
     ) -> None:
         """Resume from the checkpoint in `config.run_dir`, else from the newest version, else from the target.
 
@@ -83,7 +78,13 @@ class TrainerLoop:
         self.draft_model: DraftModelTraining | None = None  # trained beside the neural drafter
         if "model" in drafters:
             self.draft_model = DraftModelTraining(
-                config, self._target, self._replay, self._changed, clock=clock, device=device
+                config,
+                self._target,
+                self._replay,
+                self._changed,
+                sinks=model_sinks or Sinks(),
+                clock=clock,
+                device=device,
             )
         self._spent_s = 0.0  # by the neural drafter's units of work
         self._stopped = False
@@ -300,7 +301,7 @@ class TrainerLoop:
             self._learner.change_vocabulary(ids.to(self._device))
 
     def _release(self, verdict: Verdict) -> DrafterVersion:
-        metadata = self._metadata(verdict)
+        metadata = verdict.metadata(self.version, self._learner.steps, self._learner.tokens)
         k_max = self.config.speculation.k_max
         self.checkpoint()  # first: whoever sees a version may count on its training being resumable
         published = self._store.publish(
@@ -311,19 +312,6 @@ class TrainerLoop:
         self._store.prune(self._settings.keep_versions)
         self._sinks.version(metadata, published.number)
         return published
-
-    def _metadata(self, verdict: Verdict) -> dict[str, Any]:
-        """What a version says of itself."""
-        return {
-            "parent": self.version,
-            "trainer_step": self._learner.steps,
-            "tokens_trained": self._learner.tokens,
-            "acceptance_length": verdict.candidate.length,
-            "acceptance_per_position": list(verdict.candidate.per_position),
-            "gated_rates": list(verdict.candidate.conditional),
-            "parent_acceptance_length": verdict.live.length,
-            "gate_rows": verdict.candidate.rows,
-        }
 
     def checkpoint(self) -> None:
         """Write the trainer's state."""
