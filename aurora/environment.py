@@ -43,6 +43,7 @@ def engine_environment(threads: int | None = None) -> dict[str, str]:
         return _unset(env | {"VLLM_USE_V2_MODEL_RUNNER": "0"})
     cores = sorted(os.sched_getaffinity(0))[:threads]
     env["VLLM_CPU_OMP_THREADS_BIND"] = _ranges(cores)
+    env["THP_MEM_ALLOC_ENABLE"] = "1"  # weights in huge pages, where the kernel leaves that to programs
     return _unset(env) | _preload()
 
 
