@@ -96,7 +96,7 @@ class SpeculationController:
 
     k_max: int
     fixed_k: int | None = None
-    exploration: float = 0.02  # share of the engine's steps
+    exploration: float = 0.01  # share of the engine's steps
     neural: bool = True  # whether there is a neural drafter to use
     model: bool = False  # whether there is a draft model
     acceptance: AcceptanceModel = field(init=False)  # of the neural drafter

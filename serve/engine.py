@@ -143,6 +143,9 @@ def _speculate(args: Namespace, config: AuroraConfig, drafter: DrafterVersion) -
         "model": str(drafter.path.resolve()),
         "num_speculative_tokens": speculation.k_max,
         "draft_sample_method": speculation.sample_drafts,
+        # Without it each prompt reads a block (128 tokens on a CPU) of its cached prefix anew, for the sake of one
+        # position at which the drafter saw another next token.
+        "disable_eagle_block_drop": True,
     }
     args.additional_config = {
         **(args.additional_config or {}),

@@ -20,6 +20,12 @@ def test_threads_are_bound_to_the_cores_that_the_process_may_use() -> None:
     assert engine_environment(1)["VLLM_CPU_OMP_THREADS_BIND"] == "4"
 
 
+def test_weights_lie_in_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert engine_environment()["THP_MEM_ALLOC_ENABLE"] == "1"
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
+    assert "THP_MEM_ALLOC_ENABLE" not in engine_environment()
+
+
 def test_what_the_user_set_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "5")
     assert "VLLM_CPU_OMP_THREADS_BIND" not in engine_environment()
