@@ -91,6 +91,18 @@ def test_a_seed_gives_the_same_text_again_though_the_prompt_takes_several_steps(
     assert len({tuple(t) for t in other}) > 1, "the text depends on the seed"
 
 
+def test_a_cached_prefix_is_worth_as_much_as_without_speculation(learning: ServedModel, plain: ServedModel) -> None:
+    prompt = [5 + i % 251 for i in range(400)]
+
+    def found(server: ServedModel) -> float:
+        before = server.metric("vllm:prefix_cache_hits_total")
+        server.answers([prompt], tokens=2)
+        server.answers([[*prompt, 7]], tokens=2)
+        return server.metric("vllm:prefix_cache_hits_total") - before
+
+    assert found(learning) == found(plain) > 256
+
+
 def test_requests_of_every_kind_work_under_speculation(learning: ServedModel) -> None:
     variants = [
         {"presence_penalty": 0.5, "frequency_penalty": 0.5},
