@@ -65,7 +65,7 @@ def test_alarms_are_rare_though_requests_differ(rate: float, spread: float):
 
 @pytest.mark.parametrize("rate", [0.02, 0.25, 0.75, 0.98])
 def test_alarms_are_rare_early_on(rate: float):
-    assert sum(len(watch(DriftDetector(1), independent(rate, seed), 4000)) for seed in range(20)) <= 1
+    assert sum(len(watch(DriftDetector(1), independent(rate, seed), 4000)) for seed in range(20)) == 0
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -93,7 +93,7 @@ def test_better_drafts_are_no_drift(rate: float, gain: float):
         detector = DriftDetector(1)
         watch(detector, independent(rate, seed), 3000)
         alarms += len(watch(detector, independent(rate + gain, seed + 1), 3000))
-    assert alarms <= 1, "in 60,000 drafts"
+    assert alarms <= (gain == 0), "in 60,000 drafts; none when they get better"
 
 
 @pytest.mark.parametrize(("rate", "drafts"), [(0.2, 15_000), (0.5, 500)], ids=["it is the usual", "the old returns"])
