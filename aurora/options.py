@@ -302,12 +302,16 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
     """The flags of `aurora train`; names and defaults are those of `TrainOptions`, which checks the values."""
     add = parser.add_argument
     add("log", type=Path, metavar="LOG", help="directory of traces (capture.log_dir) or that `aurora record` made")
-    add("--out", type=Path, required=True, metavar="DIR", help="new directory for the drafter")
+    add("--out", type=Path, metavar="DIR", help="new directory for the drafter")
     add("--model", help="target; default: the one whose traces LOG holds")
     add("--drafter", type=Path, metavar="DIR", help="published drafter to begin with; default: the untrained one")
     add("--draft-vocab", type=int, default=8192, metavar="N", help="of the untrained drafter (default: %(default)s)")
     add("--steps", type=int, metavar="N", help="optimiser steps; default: 8 passes over LOG")
     add("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    add("--seeds", type=int, default=1, metavar="N", help="train with N seeds and give a confidence interval")
+    add("--results", type=Path, metavar="FILE", help="put rows of results there")
+    add("--experiment", default="train", metavar="NAME", help="of these rows (default: %(default)s)")
+    add("--cell", default="", metavar="NAME", help="of these rows; default: LOG's name")
     _add_trainer_settings(add)
 
 

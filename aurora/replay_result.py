@@ -1,24 +1,25 @@
 """What a replay found: numbers of each domain, and how soon it recovered from a shift."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
 import numpy as np
-from scipy import stats
 
 from aurora.clockwork import Outcome
-from aurora.results import Row, command_line
+from aurora.results import Row, command_line, half_width
 
 _WINDOW = 25  # requests
+_MIN_LEG = 10  # requests; where domains take turns faster than that they are mixed
 _RECOVERED = 0.95
 
 
 @dataclass(frozen=True)
 class Cell:
-    """All requests of one domain, or of all of them."""
+    """All requests of one domain, of one leg of it, or of all domains."""
 
-    domain: str
+    domain: str  # of a leg with its number: "sql, leg 2"
     requests: int
     acceptance_length: float  # tokens emitted by a verification that has drafts; 1.0 without any
     acceptance_rate: float  # accepted of the drafted tokens; 0.0 without any
@@ -32,14 +33,13 @@ _METRICS = {"speedup": "speedup_over_no_speculation"}
 
 
 def summarise(outcomes: list[Outcome], plain: list[Outcome]) -> Iterator[Cell]:
-    """One cell a domain, in order of appearance, and one for all (domain "all")."""
-    domains = list(dict.fromkeys(outcome.domain for outcome in outcomes))
-    for domain in [*domains, "all"]:
-        mine, base = ([o for o in group if domain in ("all", o.domain)] for group in (outcomes, plain))
+    """One cell a domain, in order of appearance, one a leg where domains come back in legs, and one for all ("all")."""
+    for name, places in _groups([outcome.domain for outcome in outcomes]).items():
+        mine, base = ([group[i] for i in places] for group in (outcomes, plain))
         drafted, draft_steps = sum(o.drafted for o in mine), sum(o.draft_steps for o in mine)
         accepted, speed = sum(o.accepted for o in mine), _tokens_per_s(mine)
         yield Cell(
-            domain=domain,
+            domain=name,
             requests=len(mine),
             acceptance_length=1 + accepted / draft_steps if draft_steps else 1.0,
             acceptance_rate=accepted / drafted if drafted else 0.0,
@@ -47,6 +47,20 @@ def summarise(outcomes: list[Outcome], plain: list[Outcome]) -> Iterator[Cell]:
             tokens_per_s=speed,
             speedup=speed / _tokens_per_s(base),
         )
+
+
+def _groups(domains: list[str]) -> dict[str, list[int]]:
+    """Places of the requests of each cell."""
+    groups: dict[str, list[int]] = {domain: [] for domain in domains}
+    for i, domain in enumerate(domains):
+        groups[domain].append(i)
+    legs = [(domain, [i for i, _ in leg]) for domain, leg in groupby(enumerate(domains), lambda pair: pair[1])]
+    if len(legs) > len(groups) and min(len(places) for _, places in legs) >= _MIN_LEG:
+        counts: Counter[str] = Counter()
+        for domain, places in legs:
+            counts[domain] += 1
+            groups[f"{domain}, leg {counts[domain]}"] = places
+    return groups | {"all": list(range(len(domains)))}
 
 
 def recovery(outcomes: list[Outcome]) -> dict[str, int | None]:
@@ -79,13 +93,9 @@ def mean_cells(trials: Sequence[Sequence[Cell]]) -> list[Cell]:
 def half_widths(trials: Sequence[Sequence[Cell]]) -> list[dict[str, float]]:
     """Half the width of each number's 95 % confidence interval (Student's t over trials); empty for a single trial."""
     return [
-        {name: _half_width([getattr(cell, name) for cell in group]) for name in _NUMBERS} if len(trials) > 1 else {}
+        {name: half_width([getattr(cell, name) for cell in group]) for name in _NUMBERS} if len(trials) > 1 else {}
         for group in zip(*trials, strict=True)
     ]
-
-
-def _half_width(values: Sequence[float]) -> float:
-    return float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
 
 
 def rows(

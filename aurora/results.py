@@ -7,9 +7,12 @@ of the same experiment, cell, policy and metric are replaced, all others are lef
 import json
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
 
 from aurora.config import UserError
 
@@ -28,6 +31,11 @@ class Row(NamedTuple):
     @property
     def place(self) -> tuple[str, str, str, str]:
         return self.experiment, self.cell, self.policy, self.metric
+
+
+def half_width(values: Sequence[float]) -> float:
+    """Half the width of the 95 % confidence interval of the mean of at least two values (Student's t)."""
+    return float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
 
 
 def command_line() -> str:

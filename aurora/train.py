@@ -3,27 +3,29 @@
 LOG is a directory of traces that a server wrote (`capture.log_dir`) or a recording (`aurora record`). The trainer is
 the one that runs beside the server, with its losses, its policy gradient with discounted returns on the logged drafts
 (`trainer.rl`), and its gate on requests kept out of training: what passes it is written as a drafter's directory.
-Staleness counts from the newest drafter version in the log.
+Staleness counts from the newest drafter version in the log. Of several seeds nothing is kept but what they gained.
 """
 
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from aurora.config import AuroraConfig, UserError, load_config, require_positive
+from aurora.config import AuroraConfig, UserError, load_config, require_positive, require_writable
 from aurora.options import trainer_settings
+from aurora.results import Row, command_line, half_width, read_rows, write_rows
 from aurora.store import DrafterRefused
 from aurora.trace import decode_traces, encode_traces
 from aurora.trace_log import is_log, log_files, logged_model
 
 if TYPE_CHECKING:
+    from trainer.gate import Verdict
     from trainer.loop import TrainerLoop
 
 _PASSES = 8  # over the rows, unless told how many steps
@@ -35,28 +37,83 @@ class TrainOptions:
     """What to train on and how; `aurora train` has a flag for each. Raises UserError for values that make no sense."""
 
     log: Path
-    out: Path
+    out: Path | None = None
     model: str | None = None  # None: the one that was logged
     drafter: Path | None = None  # None: made from the target
     draft_vocab: int = 8192
     steps: int | None = None
     seed: int = 0
+    seeds: int = 1  # trainings with this many seeds, from `seed` on; more than one give a confidence interval
     settings: tuple[str, ...] = ()  # trainer.KEY=VALUE: how to train
+    results: Path | None = None  # file of rows (`aurora.results`)
+    experiment: str = "train"  # name of these rows
+    cell: str = ""  # what was trained how, in these rows; default: the log's name
 
     def __post_init__(self) -> None:
-        require_positive(self, "steps", "draft_vocab")
+        require_positive(self, "steps", "draft_vocab", "seeds")
+        require_writable("--results", self.results)
         if not self.log.is_dir():
             raise UserError(f"{self.log}: no such directory; give one of traces (capture.log_dir) or a recording")
-        if self.out.exists():
-            raise UserError(f"--out {self.out}: it exists; give a new directory")
-        if not self.out.absolute().parent.is_dir():
-            raise UserError(f"--out {self.out}: its parent does not exist; create it first")
+        if self.out is None and self.seeds == 1 and self.results is None:
+            raise UserError("--out: give a new directory for the drafter, or --seeds or --results to measure only")
+        if self.out is not None:
+            self._check_out(self.out)
         load_config(None, trainer_settings(self.settings))
+
+    def _check_out(self, out: Path) -> None:
+        if self.seeds > 1:
+            raise UserError(f"--out {out}: --seeds {self.seeds} trains as many; keep the one of a single seed")
+        if out.exists():
+            raise UserError(f"--out {out}: it exists; give a new directory")
+        if not out.absolute().parent.is_dir():
+            raise UserError(f"--out {out}: its parent does not exist; create it first")
 
 
 def run(options: TrainOptions) -> int:
     """Train, judge, write; 1 when what came out is no better. Raises UserError for what the user can mend."""
     source: Log | Recorded = Log(options.log) if is_log(options.log) else Recorded(options.log)
+    if options.results is not None:
+        read_rows(options.results)  # one that is none must be known before the work
+    trials = [_trial(replace(options, seed=options.seed + n), source) for n in range(options.seeds)]
+    lengths = [trial.verdict.candidate.length for trial in trials]
+    first, steps = trials[0].verdict, trials[0].steps
+    before, after = first.live.length, sum(lengths) / len(lengths)
+    spread = f" ±{half_width(lengths):.3f} (95 %, {options.seeds} seeds)" if options.seeds > 1 else ""
+    print(
+        f"acceptance length on {first.candidate.rows} held-back rows: {before:.3f} before, {after:.3f}{spread} after "
+        f"{steps} steps"
+    )
+    if options.results is not None:
+        write_rows(options.results, _rows(options, before, lengths))
+    if options.out is None:
+        return 0
+    if not first.passed:
+        print("no better than the drafter it began with: nothing was written", file=sys.stderr)
+        return 1
+    print(f"the drafter is in {options.out}; serve with --drafter {options.out}")
+    return 0
+
+
+def _rows(options: TrainOptions, before: float, lengths: list[float]) -> Iterator[Row]:
+    mean = sum(lengths) / len(lengths)
+    found: dict[str, tuple[float, float | None]] = {"acceptance_length": (mean, before)}
+    if len(lengths) > 1:
+        found["acceptance_length_ci95"] = (half_width(lengths), None)
+    for metric, (value, baseline) in found.items():
+        cell = options.cell or options.log.name
+        yield Row(options.experiment, cell, "online_eagle3", metric, value, baseline, command_line())
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """One training with one seed."""
+
+    verdict: "Verdict"
+    steps: int
+
+
+def _trial(options: TrainOptions, source: "Log | Recorded") -> _Trial:
+    """Train with one seed, judge, write what passed."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with (
         tempfile.TemporaryDirectory(prefix="aurora-train-") as scratch,
@@ -68,18 +125,9 @@ def run(options: TrainOptions) -> int:
         published = loop.publish()
         verdict = loop.last_verdict
         assert verdict is not None, "requests were held out"
-        if published is not None:
+        if published is not None and options.out is not None:
             shutil.copytree(published.path, options.out)
-    before, after = verdict.live.length, verdict.candidate.length
-    print(
-        f"acceptance length on {verdict.candidate.rows} held-back rows: {before:.3f} before, {after:.3f} after "
-        f"{loop.status()['step']} steps"
-    )
-    if published is None:
-        print("no better than the drafter it began with: nothing was written", file=sys.stderr)
-        return 1
-    print(f"the drafter is in {options.out}; serve with --drafter {options.out}")
-    return 0
+        return _Trial(verdict, loop.status()["step"])
 
 
 class Log:

@@ -15,7 +15,7 @@ from aurora.config import UserError
 from aurora.goodput import COSTS, StepTimeModel
 from aurora.prompts import Conversation
 from aurora.replay import POLICIES, Arrivals, ReplayOptions, policy_of, read_costs, run
-from aurora.replay_result import Cell, half_widths, mean_cells, recovery, requests_to_recover
+from aurora.replay_result import Cell, half_widths, mean_cells, recovery, requests_to_recover, summarise
 from aurora.results import read_rows
 from aurora.trace import DraftTrace, decode_traces
 from drafters import TargetWeights, load_drafter
@@ -292,6 +292,20 @@ def test_recovery_is_told_where_each_domain_is_one_leg():
     legs = [replace(_outcome(20), domain=domain) for domain in ("a", "b") for _ in range(80)]
     assert recovery(legs) == {"a": 0, "b": 0}
     assert recovery([*legs, *legs]) == {}
+
+
+def test_domains_that_come_back_have_a_cell_for_each_leg():
+    legs = [
+        replace(_outcome(accepted), domain=domain)
+        for domain, accepted in (("a", 0), ("b", 10), ("a", 20))
+        for _ in range(12)
+    ]
+    cells = {cell.domain: cell for cell in summarise(legs, legs)}
+    assert list(cells) == ["a", "b", "a, leg 1", "b, leg 1", "a, leg 2", "all"]
+    assert [cells[name].acceptance_length for name in ("a", "a, leg 1", "a, leg 2", "all")] == [2, 1, 3, 2]
+    assert cells["a, leg 2"].requests == 12
+    for once_or_mixed in (legs[:24], legs[::12]):
+        assert not any("leg" in cell.domain for cell in summarise(once_or_mixed, once_or_mixed))
 
 
 def test_bad_input_is_named(recorded: Path, tmp_path: Path):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from aurora.cli import main
+from aurora.results import read_rows
 from aurora.trace import DraftTrace, decode_traces, encode_traces
 from aurora.trace_log import TraceLog, log_files
 from drafters import TargetWeights, load_drafter
@@ -105,6 +106,30 @@ def test_what_cannot_be_used_is_named(
     few = refused(log, "--set", "trainer.holdout=0.000001")
     assert "0 to judge by are too few" in few
     assert not (tmp_path / "new").exists()
+
+
+def test_several_seeds_give_a_confidence_interval(
+    log: Path, directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "results.json"
+    settings = [part for setting in TINY for part in ("--set", f"trainer.{setting}")]
+    command = ["train", str(log), "--draft-vocab", str(DRAFT_VOCAB), *settings, "--steps", "3"]
+    assert main([*command, "--seeds", "3", "--results", str(rows), "--experiment", "seeds", "--cell", "tiny"]) == 0
+    found = {row.metric: row for row in read_rows(rows)}
+    assert f"±{found['acceptance_length_ci95'].value:.3f} (95 %, 3 seeds)" in capsys.readouterr().out
+    one = []
+    for seed in range(3):
+        assert main([*command, "--seed", str(seed), "--results", str(rows), "--experiment", f"{seed}"]) == 0
+        one += [row.value for row in read_rows(rows) if row.experiment == f"{seed}"]
+    assert len(set(one)) > 1
+    length = found["acceptance_length"]
+    assert length.value == pytest.approx(sum(one) / 3)
+    assert (length.cell, length.policy) == ("tiny", "online_eagle3")
+    assert length.baseline is not None
+    assert main([*command, "--seeds", "2", "--out", str(tmp_path / "new")]) == 2
+    assert "keep the one of a single seed" in capsys.readouterr().err
+    assert main(command) == 2
+    assert "--out: give a new directory" in capsys.readouterr().err
 
 
 @pytest.fixture
