@@ -12,11 +12,11 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 
-_SHARED_MEMORY = 200.0  # observations of one position after which older ones have faded to 1/e
-_REQUEST_MEMORY = 24.0
-_SHARED_PRIOR = 4.0  # pseudo-observations behind the prior below
-_REQUEST_PRIOR = 12.0  # pseudo-observations with which a request starts at the shared rates
-_OPTIMISM = 0.6  # rate assumed of a drafter nobody has seen at work
+SHARED_MEMORY = 200.0  # observations of one position after which older ones have faded to 1/e
+REQUEST_MEMORY = 24.0
+SHARED_PRIOR = 4.0  # pseudo-observations behind the prior below
+REQUEST_PRIOR = 12.0  # pseudo-observations with which a request starts at the shared rates
+OPTIMISM = 0.6  # rate assumed of a drafter nobody has seen at work
 _NEW_VERSION = 0.1  # weight that observations of an older drafter version keep
 _GATE_PRIOR = 20.0  # pseudo-observations that a new version's gate result counts for
 
@@ -69,8 +69,8 @@ class AcceptanceModel:
         if k == 0 or request_id not in self._requests:
             return
         domain, own = self._requests[request_id]
-        own.observe(k, accepted, _REQUEST_MEMORY)
-        self._domains[domain].observe(k, accepted, _SHARED_MEMORY)
+        own.observe(k, accepted, REQUEST_MEMORY)
+        self._domains[domain].observe(k, accepted, SHARED_MEMORY)
 
     def drafter_changed(self, gated_rates: list[float]) -> None:
         """Another drafter version is live: what is known of the old one counts less.
@@ -91,12 +91,12 @@ class AcceptanceModel:
         rates = self._domains.get(domain) or PositionRates.empty(self.k_max)
         if self._prior is not None:
             return _shrunk(rates, self._prior, _GATE_PRIOR)
-        return _chained(rates, _OPTIMISM, _SHARED_PRIOR)
+        return _chained(rates, OPTIMISM, SHARED_PRIOR)
 
     def rates(self, request_id: str) -> Floats:
         """Conditional acceptance per position for a followed request, [k_max]."""
         domain, own = self._requests[request_id]
-        return _shrunk(own, self.shared_rates(domain), _REQUEST_PRIOR)
+        return _shrunk(own, self.shared_rates(domain), REQUEST_PRIOR)
 
     def gains(self, request_ids: list[str]) -> Floats:
         """Expected extra tokens of each further draft position: cumulative products of the rates, [requests, k_max]."""
@@ -106,7 +106,7 @@ class AcceptanceModel:
         shared = {domain: self.shared_rates(domain) for domain in {domain for domain, _ in followed}}
         prior = np.array([shared[domain] for domain, _ in followed])
         own = PositionRates(np.array([own.hits for _, own in followed]), np.array([own.trials for _, own in followed]))
-        return _shrunk(own, prior, _REQUEST_PRIOR).cumprod(axis=1)
+        return _shrunk(own, prior, REQUEST_PRIOR).cumprod(axis=1)
 
 
 def _shrunk(rates: PositionRates, prior: Floats, weight: float) -> Floats:

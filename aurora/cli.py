@@ -15,6 +15,7 @@ from aurora.options import (
     add_curve_options,
     add_record_options,
     add_replay_options,
+    add_simulate_options,
     add_traffic_options,
     add_train_options,
     read_config,
@@ -84,6 +85,9 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train a drafter on logged traces", allow_abbrev=False)
     add_train_options(train)
     train.set_defaults(run=_train, passes_rest=False)
+    simulate = commands.add_parser("simulate", help="rules for speculation over a trace", allow_abbrev=False)
+    add_simulate_options(simulate)
+    simulate.set_defaults(run=_simulate, passes_rest=False)
     doctor = commands.add_parser("doctor", help="say what this machine lacks", allow_abbrev=False)
     doctor.set_defaults(run=_doctor, passes_rest=False)
     return parser
@@ -166,6 +170,12 @@ def _train(known: argparse.Namespace, _rest: list[str]) -> int:
     from aurora.train import TrainOptions, run
 
     return run(TrainOptions(**_options(known)))
+
+
+def _simulate(known: argparse.Namespace, _rest: list[str]) -> int:
+    from aurora.simulate import SimulateOptions, run
+
+    return run(SimulateOptions(**_options(known)))
 
 
 def _options(known: argparse.Namespace) -> dict[str, Any]:

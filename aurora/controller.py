@@ -15,7 +15,7 @@ tokens at every step.
 
 import dataclasses
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -38,9 +38,10 @@ from aurora.goodput import (
     with_drafts,
 )
 
-_BURST = 4.0  # credit of one burst, in plain steps; granted at start and at each new drafter version
+BURST = 4.0  # credit of one burst, in plain steps; granted at start and at each new drafter version
 _CURVE_MEMORY = 0.9  # of what the table was worth in a request's earlier steps
 _DOMAIN_CURVE_MEMORY = 0.99
+WORTH_READING = 1.03  # times the goodput without it that must come of the neural drafter once no request is cold
 _NEARLY_READ = 16.0  # unread tokens up to which the draft model goes along with a request at each step
 _CATCH_UP_STEPS = 32.0  # steps that reading more than that is an investment for
 
@@ -111,7 +112,7 @@ class SpeculationController:
     _known: set[str] = field(default_factory=set)
     _curves: dict[str, Floats] = field(default_factory=dict)  # request -> usual gains of its table drafts, [k_max]
     _domain_curves: dict[str, Floats] = field(default_factory=dict)
-    _credit: float = _BURST  # plain steps that exploration may still lose
+    _credit: float = BURST  # plain steps that exploration may still lose
     _exploring: bool = True
 
     def __post_init__(self) -> None:
@@ -155,7 +156,7 @@ class SpeculationController:
     def observe_step(self, work: StepWork, seconds: float) -> None:
         """A step took `seconds`; exploration earns its share of it."""
         self.step_time.observe(work, seconds)
-        self._credit = min(self._credit + self.exploration, _BURST)
+        self._credit = min(self._credit + self.exploration, BURST)
 
     def observe_neural(self, request_id: str, known: int, accepted: int) -> None:
         """The target's tokens are known for the first `known` of a neural draft; the first `accepted` equal them."""
@@ -172,12 +173,12 @@ class SpeculationController:
     def drafter_changed(self, gated_rates: list[float]) -> None:
         """Another version of the neural drafter drafts from now on: widen the estimates and look at it."""
         self.acceptance.drafter_changed(gated_rates)
-        self._credit = _BURST
+        self._credit = BURST
 
     def model_changed(self, gated_rates: list[float]) -> None:
         """The same for the draft model."""
         self.model_acceptance.drafter_changed(gated_rates)
-        self._credit = _BURST
+        self._credit = BURST
 
     def finish(self, request_ids: Iterable[str]) -> None:
         """Forget requests."""
@@ -207,17 +208,27 @@ class SpeculationController:
             return self._plan_fixed(drafting, self.fixed_k)
         if not self.step_time.ready:
             return Plan(int(bool(drafting)) if self.neural else 0, skip_drafter=not self.neural)
-        self._exploring = self._credit > 0 if self._exploring else self._credit >= _BURST
+        self._exploring = self._credit > 0 if self._exploring else self._credit >= BURST
         best = self._choose(drafting)
-        # A step may hold prompts only: the drafter reads them if their requests will be drafted for.
-        reading = best.caps.neural > 0 or (len(drafting) < len(batch) and self._choose(batch).caps.neural > 0)
         plan = self._plan_model(drafting, best)
+        reading = best.caps.neural > 0 or self._invests(batch)
         explores = self._exploring and bool(self._limits(batch)[:, NEURAL].any()) and not reading
-        cap = best.caps.neural or int(explores and bool(drafting))
+        cap = best.caps.neural or int((reading or explores) and bool(drafting))
         plan = dataclasses.replace(plan, cap=cap, skip_drafter=not (reading or explores))
         if self._exploring:
             self._pay(batch, plan, new=Caps(int(explores), int(plan.model_cap > best.caps.model)))
         return plan
+
+    def _invests(self, batch: list[RequestView]) -> bool:
+        """Whether the neural drafter reads on, though it does not pay now, because it will once no request is cold.
+
+        Prompts are read in steps that draft nothing, and after a pause new requests meet a batch of cold ones: drafting
+        for them alone may not pay, and they would be the cold ones that the next meet.
+        """
+        if not self._limits(batch)[:, NEURAL].any():
+            return False
+        with_it, without = (self._choose(batch, cold) for cold in (frozenset[str](), self._views.keys()))
+        return with_it.goodput > WORTH_READING * without.goodput
 
     def _plan_fixed(self, drafting: list[RequestView], k: int) -> Plan:
         """The same length for all, drafted by the neural drafter if there is one."""
@@ -252,11 +263,13 @@ class SpeculationController:
         spent = self.step_time.predict(busy) - self.step_time.predict(plain)
         self._credit -= spent / self.step_time.predict(_plain_step(drafting))
 
-    def _choose(self, views: list[RequestView]) -> Choice:
+    def _choose(self, views: list[RequestView], cold: Set[str] | None = None) -> Choice:
+        """The best choice as far as it is known before the step; cold: requests that count as such."""
+        limits = self._limits(views, cold)
         unread = np.array([self._unread(v) for v in views], np.float64)
         # Beyond what comes with each step, reading is paid back over the steps that follow.
         price = np.minimum(unread, _NEARLY_READ) + np.maximum(unread - _NEARLY_READ, 0.0) / _CATCH_UP_STEPS
-        return choose(self._gains(views), self._limits(views), _plain_step(views), self.step_time, unread=price)
+        return choose(self._gains(views), limits, _plain_step(views), self.step_time, unread=price)
 
     def _unread(self, view: RequestView) -> int:
         """Tokens that the draft model would read for this request at the end of the step: at least the newest."""
@@ -286,10 +299,11 @@ class SpeculationController:
         self._domain_curves[view.domain] = gains + _DOMAIN_CURVE_MEMORY * (domain - gains)
         return gains
 
-    def _limits(self, views: list[RequestView]) -> Ints:
+    def _limits(self, views: list[RequestView], cold: Set[str] | None = None) -> Ints:
         """Longest draft by request and drafter, [requests, DRAFTERS]."""
+        cold = self._cold if cold is None else cold
         limits = np.array([[v.limit] * DRAFTERS for v in views], dtype=np.int64).reshape(len(views), DRAFTERS)
-        limits[[not self.neural or v.request_id in self._cold for v in views], NEURAL] = 0
+        limits[[not self.neural or v.request_id in cold for v in views], NEURAL] = 0
         limits[:, MODEL] *= self.model
         return limits
 

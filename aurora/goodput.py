@@ -15,11 +15,13 @@ from scipy.optimize import nnls
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
-_MEMORY = 300.0  # steps after which an observation's weight has faded to 1/e
+_MEMORY = 1000.0  # steps after which an observation's weight has faded to 1/e
+_PACE_MEMORY = 50.0  # the same for the machine's pace
 _PULL = 0.1  # steps that the last fit counts for
 _REFIT_EVERY = 8
+_SETTLED = 32  # steps from which on the fit is believed more than a step that contradicts it
+_SURPRISE = 0.3  # difference from the prediction, as the logarithm of the ratio, beyond which a step says no more
 _SAME = 1e-9  # relative difference of goodput that is none
-_OUTLIER = 3.0  # a step this many times slower than predicted is not the model's fault
 
 
 @dataclass(frozen=True)
@@ -81,11 +83,17 @@ _PRIOR_SHARES = np.array([1.0, 0.03, 0.1, 0.02, 0.02, 0.25, 0.001, 0.05, 0.25, 0
 
 @dataclass
 class StepTimeModel:
-    """Non-negative least squares of step time on StepWork, forgetting old steps. Times in seconds."""
+    """Non-negative least squares of step time on StepWork, forgetting old steps. Times in seconds.
+
+    A machine that others use is slower for a while, whatever the steps compute. So a step takes what its work costs at
+    the machine's usual pace, times the pace of late: a short average of how much slower than that the steps were. What
+    one cost is relative to another, which is all that a choice depends on, is thus not mistaken for the pace.
+    """
 
     _gram: Floats = field(default_factory=lambda: np.zeros((len(COSTS), len(COSTS))))
     _moment: Floats = field(default_factory=lambda: np.zeros(len(COSTS)))
-    _costs: Floats | None = None
+    _costs: Floats | None = None  # at the usual pace
+    _pace: float = 0.0  # logarithm of how many times longer steps take of late
     _seen: int = 0
     _model_seen: bool = False  # whether a draft model ever ran
     _errors: list[float] = field(default_factory=list)
@@ -110,7 +118,8 @@ class StepTimeModel:
     def costs(self) -> dict[str, float]:
         """Seconds by the names of COSTS, without MODEL_COSTS while no draft model ran; empty before any observation."""
         names = COSTS if self._model_seen else COSTS[: -len(MODEL_COSTS)]
-        return dict(zip(names, self._costs.tolist(), strict=False)) if self._costs is not None else {}
+        now = self._costs * np.exp(self._pace) if self._costs is not None else np.zeros(0)
+        return dict(zip(names, now.tolist(), strict=False))
 
     @property
     def reading(self) -> float:
@@ -121,7 +130,7 @@ class StepTimeModel:
         """Seconds that `work` will take. Raises ValueError before the first observation."""
         if self._costs is None:
             raise ValueError("no step has been observed yet: call observe() first")
-        return float(self._costs @ work.vector())
+        return float(self._costs @ work.vector() * np.exp(self._pace))
 
     def observe(self, work: StepWork, seconds: float) -> None:
         """Learn from a finished step."""
@@ -129,14 +138,17 @@ class StepTimeModel:
         self._model_seen = self._model_seen or work.model_first > 0
         if self._costs is None:
             self._costs = _PRIOR_SHARES * seconds / float(_PRIOR_SHARES @ x)
-        predicted = float(self._costs @ x)
+        usual = max(float(self._costs @ x), 1e-9)
+        predicted = usual * float(np.exp(self._pace))
         self._errors = [*self._errors[-255:], abs(predicted - seconds) / seconds]
-        if self._seen >= _REFIT_EVERY:
-            seconds = min(seconds, _OUTLIER * predicted)
-        weight = 1.0 / seconds**2  # relative errors: a long prefill must not drown the decode steps
+        surprise = float(np.log(seconds / predicted))
+        if self._seen >= _SETTLED:
+            surprise = min(max(surprise, -_SURPRISE), _SURPRISE)
+            self._pace += surprise / _PACE_MEMORY
+        weight = 1.0 / usual**2  # relative errors: a long prefill must not drown the decode steps
         fade = 1.0 - 1.0 / _MEMORY
         self._gram = fade * self._gram + weight * np.outer(x, x)
-        self._moment = fade * self._moment + weight * seconds * x
+        self._moment = fade * self._moment + weight * usual * float(np.exp(surprise)) * x
         self._seen += 1
         if self._seen % _REFIT_EVERY == 0:
             self._costs = self._fit(self._costs)

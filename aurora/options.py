@@ -285,6 +285,7 @@ def add_replay_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--results", type=Path, metavar="FILE", help="put rows of results there")
     add("--experiment", default="replay", metavar="NAME", help="of these rows (default: %(default)s)")
+    add("--profile", type=Path, metavar="FILE", help="write there what `aurora simulate` needs to know of the drafter")
     add("--save-drafter", type=Path, metavar="DIR", help="keep the drafter that training ended with")
     add(
         "--domains",
@@ -322,6 +323,33 @@ def add_curve_options(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, required=True, metavar="FILE", help="picture to write, .png")
     add("--window", type=int, default=25, metavar="N", help="requests that a point is the mean of (default: 25)")
     add("--title", default="", metavar="TEXT", help="above the picture")
+
+
+def add_simulate_options(parser: argparse.ArgumentParser) -> None:
+    """The flags of `aurora simulate`; names and defaults are those of `SimulateOptions`, which checks the values."""
+    add = parser.add_argument
+    add("trace", type=Path, metavar="TRACE", help="arrivals: .jsonl or .csv with time, prompt and output tokens")
+    add(
+        "--profile",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="drafts: a file that `aurora replay --profile` wrote",
+    )
+    add("--costs", type=Path, required=True, metavar="FILE", help="step costs: a file that `aurora bench --json` wrote")
+    add("--columns", type=_names, default=(), metavar="WHAT=NAME,...", help="names of the columns time, prompt, output")
+    add("--requests", type=int, metavar="N", help="the first N; a shorter trace is repeated (default: the trace)")
+    add("--speed", type=float, default=1.0, metavar="F", help="requests come F times faster (default: %(default)s)")
+    add("--at-once", type=int, default=0, metavar="N", help="keep N requests open, whenever the trace has them come")
+    add("--max-seqs", type=int, default=256, metavar="N", help="requests in a batch (default: %(default)s)")
+    add("--token-budget", type=int, default=2048, metavar="N", help="tokens of a step (default: %(default)s)")
+    add("--kv-tokens", type=int, default=1 << 20, metavar="N", help="that the KV cache holds (default: %(default)s)")
+    add("--exploration", type=float, default=0.01, metavar="S", help="share of the steps (default: %(default)s)")
+    add("--seed", type=int, default=0, metavar="N", help="of who gets which answer (default: %(default)s)")
+    add("--results", type=Path, metavar="FILE", help="put rows of results there")
+    add("--experiment", default="simulate", metavar="NAME", help="of these rows (default: %(default)s)")
+    add("--cell", default="", metavar="NAME", help="of these rows; default: the trace's name")
+    add("--json", dest="json_file", type=Path, metavar="FILE", help="write the numbers there too")
 
 
 def _counts(text: str) -> tuple[int, ...]:

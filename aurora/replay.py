@@ -21,14 +21,17 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from aurora import profiling
 from aurora.clockwork import Clockwork, Live, Outcome, PortfolioSpeculator, PromptLookup, Speculator, Training
 from aurora.codec import CODECS
 from aurora.config import AuroraConfig, UserError, load_config, require_positive, require_writable
-from aurora.goodput import MODEL_COSTS, StepTimeModel
+from aurora.goodput import StepTimeModel
 from aurora.options import trainer_settings
+from aurora.profile import AcceptanceProfile
 from aurora.prompts import read_prompts
 from aurora.replay_result import Cell, half_widths, mean_cells, recovery, rows, summarise
 from aurora.results import read_rows, write_rows
+from aurora.step_costs import read_costs
 from aurora.trace import TABLE_VERSION
 
 if TYPE_CHECKING:
@@ -47,6 +50,7 @@ POLICIES = {
 }
 _LEARNING = {"online_eagle3", "online_draft_model", "portfolio"}
 _DRAFTERS = {"ngram_table": ("ngram",), "online_draft_model": ("model",)}
+_PROFILED = ("static_eagle3", "ngram_table")
 _DOMAINS = ("labels", "clusters", "none")
 
 
@@ -79,6 +83,7 @@ class ReplayOptions:
     sample_drafts: str = "greedy"  # or "probabilistic": sampled from q, for texts that were sampled
     domains: str = "labels"  # what sorts the requests: the data set's labels, clusters of their prompts, or nothing
     settings: tuple[str, ...] = ()  # trainer.KEY=VALUE: how to train
+    profile: Path | None = None  # file for what `aurora simulate` needs to know of the drafter
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
@@ -90,6 +95,9 @@ class ReplayOptions:
         require_positive(self, "concurrency", "k_max", "limit", "seeds")
         require_writable("--json", self.json_file)
         require_writable("--results", self.results)
+        require_writable("--profile", self.profile)
+        if self.profile is not None and self.policy not in _PROFILED:
+            raise UserError(f"--profile: {self.policy} has not one drafter to profile; choose {' or '.join(_PROFILED)}")
         if self.save_drafter is not None and not (self.policy in _LEARNING and "eagle3" in _drafters(self)):
             raise UserError(
                 f"--save-drafter: {self.policy} trains no EAGLE-3 drafter; choose online_eagle3 or portfolio"
@@ -130,6 +138,8 @@ def run(options: ReplayOptions) -> int:
     if options.results is not None:
         recovered = [recovery(trial.outcomes) for trial in trials]
         write_rows(options.results, rows(options.experiment, options.policy, cells, recovered, known))
+    if options.profile is not None:
+        _profile(options, recording, keys).write(options.profile)
     if options.json_file is not None:
         result = {
             "policy": options.policy,
@@ -140,6 +150,19 @@ def run(options: ReplayOptions) -> int:
         }
         options.json_file.write_text(json.dumps(result, indent=1))
     return 0
+
+
+def _profile(options: ReplayOptions, recording: "Recording", keys: list[str]) -> AcceptanceProfile:
+    requests = (recording.read(key) for key in keys)
+    with tempfile.TemporaryDirectory(prefix="aurora-replay-") as scratch:
+        config = _config(options, recording, Path(scratch))
+        if options.policy == "ngram_table":
+            places = profiling.table_places(config.speculation.ngram_mib << 20, options.k_max)
+            return profiling.profile("ngram", options.k_max, requests, places)
+        _, _, draft = policy_of(options, recording, Path(scratch))
+        assert draft is not None, "the policy has a neural drafter"
+        places = profiling.neural_places(lambda request: draft(request).neural, options.k_max)
+        return profiling.profile("eagle3", options.k_max, requests, places)
 
 
 @dataclass(frozen=True)
@@ -158,25 +181,6 @@ def _trial(options: ReplayOptions, recording: "Recording", keys: list[str], cost
         if options.save_drafter is not None and training is not None:
             training.save(options.save_drafter)
     return _Trial(outcomes, training.spent_s if training is not None else 0.0)
-
-
-def read_costs(file: Path, draft_model: bool = False) -> StepTimeModel:
-    """The step-time model that `aurora bench --json` measured; `draft_model`: those of the draft model are needed.
-
-    Raises UserError for a file that lacks them.
-    """
-    try:
-        costs = json.loads(file.read_text())["step_costs"]
-        model = StepTimeModel.known(costs)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--costs {file}: {error!r}; give a file that `aurora bench --json` wrote") from error
-    missing = [name for name in MODEL_COSTS if name not in costs]
-    if draft_model and missing:
-        raise UserError(
-            f"--costs {file}: no cost of {missing[0]}; add it from aurora_step_cost_seconds of a server "
-            "with that drafter"
-        )
-    return model
 
 
 def _drafters(options: ReplayOptions) -> tuple[str, ...]:

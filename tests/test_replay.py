@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from aurora.clockwork import Clockwork, Live, Outcome, PromptLookup, Speculator, lookup
 from aurora.config import UserError
 from aurora.goodput import COSTS, StepTimeModel
+from aurora.profile import read_profile
 from aurora.prompts import Conversation
-from aurora.replay import POLICIES, Arrivals, ReplayOptions, policy_of, read_costs, run
+from aurora.replay import POLICIES, Arrivals, ReplayOptions, policy_of, run
 from aurora.replay_result import Cell, half_widths, mean_cells, recovery, requests_to_recover, summarise
 from aurora.results import read_rows
+from aurora.step_costs import read_costs
 from aurora.trace import DraftTrace, decode_traces
 from drafters import TargetWeights, load_drafter
 from drafters.rollout import Context, Nodes, run_rollouts
@@ -306,6 +308,29 @@ def test_domains_that_come_back_have_a_cell_for_each_leg():
     assert cells["a, leg 2"].requests == 12
     for once_or_mixed in (legs[:24], legs[::12]):
         assert not any("leg" in cell.domain for cell in summarise(once_or_mixed, once_or_mixed))
+
+
+@pytest.mark.parametrize("policy", ["static_eagle3", "ngram_table"])
+def test_a_profile_holds_what_is_right_at_every_place(policy: str, recorded: Path, tmp_path: Path):
+    _result(recorded, policy, tmp_path, profile=tmp_path / "profile", k_max=3)
+    profile = read_profile(tmp_path / "profile")
+    recording = Recording(recorded / "recording")
+    requests = [recording.read(request_key(turns, 0)) for turns in TURNS]
+    counts = np.diff(profile.ends, prepend=0)
+    assert counts.tolist() == [len(r.ids) - r.prompt_tokens - 3 for r in requests]
+    if policy == "static_eagle3":
+        assert profile.drafter == "eagle3"
+        assert not profile.expected.any()
+        assert profile.right.mean() < 1, "it was never trained"
+    else:
+        assert profile.drafter == "ngram"
+        first, last = profile.right[: profile.ends[3]], profile.right[profile.ends[-5] :]
+        assert last.mean() > first.mean(), "the third answer to the same prompt is known from the first"
+        offered = (profile.expected > 0).sum(axis=1)
+        assert (profile.right <= offered).all()
+        assert (np.diff(profile.expected, axis=1) <= 0).all()
+    with pytest.raises(UserError, match="--profile: portfolio has not one drafter to profile"):
+        _options(recorded, "portfolio", profile=tmp_path / "other")
 
 
 def test_bad_input_is_named(recorded: Path, tmp_path: Path):

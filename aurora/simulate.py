@@ -1,0 +1,237 @@
+"""`aurora simulate`: an arrival trace served in simulated time, by one rule for speculation lengths after the other.
+
+Steps take what a live engine's costs say (`aurora bench --json`), drafts are accepted as they were along recorded
+answers (`aurora replay --profile`), and batching is vLLM's (`aurora.batching`). Each request of the trace gets a
+recorded answer by lot, the same for every rule.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from aurora import batching, speculation_rules
+from aurora.arrivals import ArrivalTrace, read_arrivals
+from aurora.config import UserError, require_positive, require_writable
+from aurora.goodput import COSTS, StepTimeModel
+from aurora.profile import AcceptanceProfile, read_profile
+from aurora.results import Row, command_line, read_rows, write_rows
+from aurora.step_costs import read_costs
+
+_STEPS = 20_000  # between two looks at the progress
+
+
+@dataclass(frozen=True)
+class SimulateOptions:
+    """What to simulate; `aurora simulate` has a flag for each. Raises UserError for values that make no sense."""
+
+    trace: Path
+    profile: Path
+    costs: Path
+    columns: tuple[str, ...] = ()  # time=NAME, prompt=NAME, output=NAME
+    requests: int | None = None  # the first N, or the trace over and over until there are N; default: the trace
+    speed: float = 1.0  # as many times faster do requests come
+    at_once: int = 0  # requests kept open instead of coming when the trace says; 0: as the trace says
+    max_seqs: int = 256
+    token_budget: int = 2048
+    kv_tokens: int = 1 << 20
+    exploration: float = 0.01
+    seed: int = 0
+    json_file: Path | None = None
+    results: Path | None = None  # file of rows (`aurora.results`)
+    experiment: str = "simulate"
+    cell: str = ""  # default: the trace's name
+
+    def __post_init__(self) -> None:
+        require_positive(self, "requests", "speed", "max_seqs", "token_budget", "kv_tokens")
+        require_writable("--json", self.json_file)
+        require_writable("--results", self.results)
+        if self.at_once < 0:
+            raise UserError(f"--at-once {self.at_once}: must not be negative")
+        if self.token_budget < self.max_seqs:
+            raise UserError(
+                f"--token-budget {self.token_budget}: below --max-seqs {self.max_seqs}; every request needs one"
+            )
+        bad = [c for c in self.columns if c.partition("=")[0] not in ("time", "prompt", "output")]
+        if bad:
+            raise UserError(f"--columns {bad[0]}: give time=NAME, prompt=NAME or output=NAME")
+
+    @property
+    def engine(self) -> batching.Engine:
+        return batching.Engine(self.max_seqs, self.token_budget, self.kv_tokens, self.at_once)
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """What a rule made of the trace."""
+
+    policy: str
+    requests: int
+    tokens_per_s: float  # emitted from the first arrival to the last token
+    latency_p50_s: float  # from arrival to the last token
+    latency_p99_s: float
+    latency_mean_s: float
+    first_token_p50_s: float
+    first_token_p99_s: float
+    acceptance_length: float  # tokens that a request emits in a step that it decodes in
+    steps: int
+    preempted: int
+
+
+def run(options: SimulateOptions) -> int:
+    """Simulate every rule, print the table; 0 when done. Raises UserError for what the user can mend."""
+    profile, costs = read_profile(options.profile), read_costs(options.costs)
+    if options.results is not None:
+        read_rows(options.results)  # one that is none must be known before the work
+    load = draw_load(_trace(options), profile, options.seed)
+    _check_room(load, options)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    found = []
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        for policy, rule in rules(profile, costs, load, options):
+            task = progress.add_task(policy, total=len(load.arrival))
+            for state in simulate(load, options.engine, rule):
+                progress.update(task, completed=int(state.counts[batching.FINISHED]))
+            found.append(_summarise(policy, load, state))
+    _show(found)
+    if options.results is not None:
+        write_rows(options.results, _rows(found, options))
+    if options.json_file is not None:
+        options.json_file.write_text(json.dumps([asdict(each) for each in found], indent=1))
+    return 0
+
+
+def simulate(load: batching.Load, engine: batching.Engine, rule: speculation_rules.Rule) -> Iterator[batching.State]:
+    """Serve the load; yields the state now and then, and at the end. Closed loops write their arrivals into it."""
+    state = batching.new_state(len(load.arrival), engine.max_seqs, rule.k_max)
+    while state.counts[batching.FINISHED] < len(load.arrival):
+        batching.advance(state, load, engine, rule, _STEPS)
+        yield state
+
+
+def draw_load(trace: ArrivalTrace, profile: AcceptanceProfile, seed: int) -> batching.Load:
+    """A recorded answer for each request, and where in it to begin, by lot."""
+    rng = np.random.default_rng(seed)
+    begins = np.concatenate([[0], profile.ends[:-1]])
+    answer = rng.integers(len(profile.ends), size=len(trace))
+    return batching.Load(
+        trace.seconds.astype(np.float64), trace.prompt, trace.output, begins[answer], profile.ends[answer]
+    )
+
+
+def rules(
+    profile: AcceptanceProfile, costs: StepTimeModel, load: batching.Load, options: SimulateOptions
+) -> Iterator[tuple[str, speculation_rules.Rule]]:
+    """Name and rule of everything that is compared."""
+
+    def rule(kind: int, by_batch: npt.NDArray[np.int64] | None = None) -> speculation_rules.Rule:
+        known = costs.costs
+        return speculation_rules.Rule(
+            kind,
+            profile.k_max,
+            np.zeros(options.max_seqs + 1, np.int64) if by_batch is None else by_batch,
+            np.array([known[name] for name in COSTS[:8]]),
+            profile.drafter == "eagle3",
+            options.exploration,
+            profile.right,
+            profile.expected,
+            speculation_rules.new_memory(),
+            np.zeros(profile.k_max),
+            np.zeros(profile.k_max),
+        )
+
+    for k in range(profile.k_max + 1):
+        name = f"fixed_k{k}" if k else "no_speculation"
+        yield name, rule(speculation_rules.FIXED, np.full(options.max_seqs + 1, k))
+    yield "batch_table", rule(speculation_rules.FIXED, batch_table(rule(speculation_rules.FIXED), profile, load))
+    yield "smartspec", rule(speculation_rules.SMARTSPEC)
+    yield "goodput", rule(speculation_rules.GOODPUT)
+    yield "oracle", rule(speculation_rules.ORACLE)
+
+
+def batch_table(rule: speculation_rules.Rule, profile: AcceptanceProfile, load: batching.Load) -> npt.NDArray[np.int64]:
+    """The best length for each number of decoding requests, [max_seqs + 1], by the profile's mean acceptance.
+
+    This is what vLLM's table of lengths by batch size holds when it is measured in advance.
+    """
+    emitted = 1 + np.concatenate([[0.0], profile.rates().cumprod().cumsum()])  # [k_max + 1]
+    context = float((load.prompt + load.output / 2).mean())
+    requests, k = np.arange(len(rule.by_batch))[:, None], np.arange(rule.k_max + 1)
+    costs = rule.costs
+    reads = np.where(k > 0, costs[5] + costs[6] * requests * (1 + k) + costs[7] * (k - 1), 0.0) if rule.passes else 0.0
+    seconds = costs[0] + costs[1] * requests + costs[2] * requests * k + costs[4] * context * requests * 1e-3 + reads
+    best: npt.NDArray[np.int64] = (requests * emitted / seconds).argmax(axis=1)
+    return best
+
+
+def _trace(options: SimulateOptions) -> ArrivalTrace:
+    names = dict(column.partition("=")[::2] for column in options.columns)
+    trace = read_arrivals(options.trace, names)
+    return trace.repeated(options.requests or len(trace)).faster(options.speed)
+
+
+def _check_room(load: batching.Load, options: SimulateOptions) -> None:
+    longest = int((load.prompt + load.output).max())
+    if longest > options.kv_tokens:
+        raise UserError(
+            f"--kv-tokens {options.kv_tokens}: a request has {longest} tokens; give it room for at least those"
+        )
+
+
+def _summarise(policy: str, load: batching.Load, state: batching.State) -> Simulated:
+    latency, first = state.finish - load.arrival, state.first - load.arrival
+    p50, p99 = np.percentile(latency, [50, 99])
+    first_p50, first_p99 = np.percentile(first, [50, 99])
+    count = state.counts
+    decoded = int(load.output.sum()) - len(load.output)
+    return Simulated(
+        policy=policy,
+        requests=len(latency),
+        tokens_per_s=float(load.output.sum() / (state.finish.max() - load.arrival[0])),
+        latency_p50_s=float(p50),
+        latency_p99_s=float(p99),
+        latency_mean_s=float(latency.mean()),
+        first_token_p50_s=float(first_p50),
+        first_token_p99_s=float(first_p99),
+        acceptance_length=decoded / max(decoded - int(count[batching.ACCEPTED]), 1),
+        steps=int(count[batching.STEPS]),
+        preempted=int(count[batching.PREEMPTED]),
+    )
+
+
+def _best_fixed(found: list[Simulated]) -> float:
+    """Mean latency of the best length that is the same for all."""
+    return min(each.latency_mean_s for each in found if each.policy.startswith(("fixed", "no_speculation")))
+
+
+def _rows(found: list[Simulated], options: SimulateOptions) -> Iterator[Row]:
+    best, cell = _best_fixed(found), options.cell or options.trace.stem
+    for each in found:
+        metrics = {name: getattr(each, name) for name in ("tokens_per_s", "latency_p50_s", "latency_p99_s")}
+        for metric, value in (metrics | {"ratio_to_best_fixed": best / each.latency_mean_s}).items():
+            baseline = best if metric == "ratio_to_best_fixed" else getattr(found[0], metric)
+            yield Row(options.experiment, cell, each.policy, metric, value, baseline, command_line())
+
+
+def _show(found: list[Simulated]) -> None:
+    table = Table(
+        "rule", "tokens/s", "latency p50", "p99", "mean", "first token p50", "p99", "tokens/step", "over best fixed"
+    )
+    best = _best_fixed(found)
+    for each in found:
+        seconds = (each.latency_p50_s, each.latency_p99_s, each.latency_mean_s)
+        first = (each.first_token_p50_s, each.first_token_p99_s)
+        table.add_row(
+            each.policy,
+            f"{each.tokens_per_s:.1f}",
+            *(f"{s:.2f} s" for s in (*seconds, *first)),
+            f"{each.acceptance_length:.2f}",
+            f"{best / each.latency_mean_s:.3f}",
+        )
+    Console().print(table)

@@ -1,0 +1,272 @@
+"""Rules for speculation lengths, compiled for simulations: none, the same for all, by batch size, SmartSpec, goodput.
+
+GOODPUT is what `aurora.controller` does with a single drafter: the same estimates, the same exact choice, the same
+bursts of exploration (tested against it). ORACLE knows which drafts are right and is what no rule can beat.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+from aurora.acceptance import OPTIMISM, REQUEST_MEMORY, REQUEST_PRIOR, SHARED_MEMORY, SHARED_PRIOR
+from aurora.controller import BURST, WORTH_READING
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+FIXED, SMARTSPEC, GOODPUT, ORACLE = range(4)
+CREDIT, EXPLORING, RATE = range(3)  # places in Rule.memory
+_SMARTSPEC_MEMORY = 0.9  # of the acceptance rate, at each verification
+_SAME = 1e-9
+
+
+class Rule(NamedTuple):
+    """A rule, what it knows, and what it remembers of all requests."""
+
+    kind: int
+    k_max: int
+    by_batch: Ints  # [max_seqs + 1] of FIXED: length for each number of decoding requests
+    costs: Floats  # [8] seconds, the first of `aurora.goodput.COSTS`
+    passes: bool  # whether drafts cost passes of a neural drafter
+    exploration: float  # share of the steps
+    right: npt.NDArray[np.uint8]  # [places] drafts that are right
+    expected: npt.NDArray[np.float32]  # [places, k_max] acceptances expected where drafts come without passes
+    memory: Floats  # [3]
+    hits: Floats  # [k_max] of all requests
+    trials: Floats  # [k_max]
+
+
+class Slots(NamedTuple):
+    """The requests in the batch; arrays of [max_seqs]."""
+
+    request: Ints
+    to_read: Ints  # tokens of the prompt that are not read yet; 0: it decodes
+    context: Ints  # tokens in the KV cache
+    chunk: Ints  # tokens that it gets in this step
+    place: Ints  # in the profile
+    limit: Ints  # longest draft of use
+    length: Ints  # drafts to verify in this step
+    cold: npt.NDArray[np.bool_]  # the neural drafter has a hole in what it read
+    hits: Floats  # [max_seqs, k_max]
+    trials: Floats  # [max_seqs, k_max]
+
+    @classmethod
+    def empty(cls, max_seqs: int, k_max: int) -> "Slots":
+        request, to_read, context, chunk, place, limit, length = np.zeros((7, max_seqs), np.int64)
+        cold, (hits, trials) = np.zeros(max_seqs, np.bool_), np.zeros((2, max_seqs, k_max))
+        return cls(request, to_read, context, chunk, place, limit, length, cold, hits, trials)
+
+
+def new_memory() -> Floats:
+    """What a rule remembers at first: a whole burst of exploration, and SmartSpec's rate."""
+    return np.array([BURST, 1.0, OPTIMISM])
+
+
+@njit(cache=True)
+def choose_lengths(slots: Slots, running: Ints, rule: Rule) -> int:
+    """Write `slots.length` of the running slots that decode; returns the passes of the neural drafter."""
+    decoding = running[slots.to_read[running] == 0]
+    slots.length[running] = 0
+    passes = 0
+    if rule.kind == GOODPUT:
+        passes = _goodput(slots, running, decoding, rule)
+    elif rule.kind == ORACLE:
+        gains = np.zeros((len(decoding), rule.k_max))
+        for i, slot in enumerate(decoding):
+            gains[i, : rule.right[slots.place[slot]]] = 1.0
+        passes = _best(slots, decoding, gains, _usable(slots, decoding, rule), rule)
+    else:
+        k = _smartspec(slots, decoding, rule) if rule.kind == SMARTSPEC else rule.by_batch[len(decoding)]
+        for slot in decoding:
+            slots.length[slot] = min(k, _usable_in(slots, slot, rule))
+            passes = max(passes, slots.length[slot]) if rule.passes else 0
+    return passes
+
+
+@njit(cache=True)
+def learn(slots: Slots, slot: int, accepted: int, rule: Rule) -> None:
+    """`accepted` of the slot's drafts were right."""
+    drafted = slots.length[slot]
+    right = min(rule.right[slots.place[slot]], 1)
+    if rule.passes and drafted == 0 and not slots.cold[slot] and slots.limit[slot] and rule.memory[EXPLORING]:
+        _observe(slots, slot, 1, right, rule)  # drafted to explore, not verified, and known all the same
+    elif drafted:
+        _observe(slots, slot, drafted, accepted, rule)
+        rate = rule.memory[RATE]
+        for j in range(min(accepted + 1, drafted)):
+            rate = _SMARTSPEC_MEMORY * rate + (1 - _SMARTSPEC_MEMORY) * (j < accepted)
+        rule.memory[RATE] = rate
+
+
+@njit(cache=True)
+def _observe(slots: Slots, slot: int, drafted: int, accepted: int, rule: Rule) -> None:
+    """Decayed hits and trials of the request and of all (`aurora.acceptance`)."""
+    for j in range(min(accepted + 1, drafted)):
+        slots.hits[slot, j] = slots.hits[slot, j] * (1 - 1 / REQUEST_MEMORY) + (j < accepted)
+        slots.trials[slot, j] = slots.trials[slot, j] * (1 - 1 / REQUEST_MEMORY) + 1
+        rule.hits[j] = rule.hits[j] * (1 - 1 / SHARED_MEMORY) + (j < accepted)
+        rule.trials[j] = rule.trials[j] * (1 - 1 / SHARED_MEMORY) + 1
+
+
+@njit(cache=True)
+def _usable_in(slots: Slots, slot: int, rule: Rule) -> int:
+    """Longest draft that the slot can have."""
+    if rule.passes:
+        return 0 if slots.cold[slot] and rule.kind == GOODPUT else int(slots.limit[slot])
+    offered = 0
+    while offered < slots.limit[slot] and rule.expected[slots.place[slot], offered] > 0:
+        offered += 1
+    return offered
+
+
+@njit(cache=True)
+def _usable(slots: Slots, which: Ints, rule: Rule) -> Ints:
+    limits = np.zeros(len(which), np.int64)
+    for i, slot in enumerate(which):
+        limits[i] = _usable_in(slots, slot, rule)
+    return limits
+
+
+@njit(cache=True)
+def _smartspec(slots: Slots, decoding: Ints, rule: Rule) -> int:
+    """The length with the best goodput if every draft were accepted with the same probability (arXiv 2406.14066)."""
+    requests, rate = len(decoding), min(rule.memory[RATE], 0.999)
+    plain = _plain_seconds(slots, decoding, rule)
+    best, best_goodput = 0, requests / plain
+    for k in range(1, rule.k_max + 1):
+        emitted = requests * (1 - rate ** (k + 1)) / (1 - rate)
+        seconds = plain + _pass_seconds(k if rule.passes else 0, requests, rule) + requests * k * _each(rule, True)
+        if emitted / seconds > best_goodput:
+            best, best_goodput = k, emitted / seconds
+    return best
+
+
+@njit(cache=True)
+def _goodput(slots: Slots, running: Ints, decoding: Ints, rule: Rule) -> int:
+    """The best length for each, and a burst of exploration where the drafter would never be seen otherwise."""
+    memory = rule.memory
+    if not rule.passes:
+        gains = np.zeros((len(decoding), rule.k_max))
+        for i, slot in enumerate(decoding):
+            gains[i] = rule.expected[slots.place[slot]]
+        passes: int = _best(slots, decoding, gains, _usable(slots, decoding, rule), rule)
+        return passes
+    memory[EXPLORING] = memory[CREDIT] > 0 if memory[EXPLORING] else memory[CREDIT] >= BURST
+    memory[CREDIT] = min(memory[CREDIT] + rule.exploration, BURST)
+    limits = _usable(slots, decoding, rule)
+    passes = _best(slots, decoding, _expected(slots, decoding, rule), limits, rule)
+    if passes:
+        return passes
+    for slot in running:
+        if slots.to_read[slot]:
+            slots.limit[slot] = rule.k_max
+    if not _usable(slots, running, rule).any():
+        slots.cold[running] = True
+        return 0
+    if _invests(slots, running, rule):
+        return 1
+    if memory[EXPLORING]:
+        memory[CREDIT] -= _pass_seconds(1, len(decoding), rule) / _plain_seconds(slots, decoding, rule)
+        return 1
+    slots.cold[running] = True
+    return 0
+
+
+@njit(cache=True)
+def _invests(slots: Slots, running: Ints, rule: Rule) -> bool:
+    """Whether the drafter would pay if no request were cold (`SpeculationController`)."""
+    limits = slots.limit[running]
+    passes = _best(slots, running, _expected(slots, running, rule), limits, rule)
+    plain = _plain_seconds(slots, running, rule)
+    seconds, emitted = plain + _pass_seconds(passes, len(running), rule), float(len(running))
+    gains = _expected(slots, running, rule)
+    for i, slot in enumerate(running):
+        seconds += slots.length[slot] * _each(rule, True)
+        emitted += gains[i, : slots.length[slot]].sum()
+        slots.length[slot] = 0
+    return bool(emitted / seconds > WORTH_READING * len(running) / plain)
+
+
+@njit(cache=True)
+def _expected(slots: Slots, which: Ints, rule: Rule) -> Floats:
+    """Expected extra tokens of each draft of the neural drafter, [requests, k_max] (`AcceptanceModel.gains`)."""
+    shared = np.zeros(rule.k_max)
+    before = OPTIMISM
+    for j in range(rule.k_max):
+        before = (rule.hits[j] + SHARED_PRIOR * before) / (rule.trials[j] + SHARED_PRIOR)
+        shared[j] = before
+    gains = np.zeros((len(which), rule.k_max))
+    for i, slot in enumerate(which):
+        chance = 1.0
+        for j in range(rule.k_max):
+            own = slots.hits[slot, j] + REQUEST_PRIOR * shared[j]
+            chance *= own / (slots.trials[slot, j] + REQUEST_PRIOR)
+            gains[i, j] = chance
+    return gains
+
+
+@njit(cache=True)
+def _plain_seconds(slots: Slots, decoding: Ints, rule: Rule) -> float:
+    """Time of a step of these requests without drafts."""
+    context = slots.context[decoding].sum()
+    return float(rule.costs[0] + rule.costs[1] * len(decoding) + rule.costs[4] * context * 1e-3)
+
+
+@njit(cache=True)
+def _pass_seconds(passes: int, requests: int, rule: Rule) -> float:
+    """Time of the drafter's passes, drafts not counted."""
+    if passes == 0:
+        return 0.0
+    return float(rule.costs[5] + rule.costs[6] * requests + rule.costs[7] * (passes - 1))
+
+
+@njit(cache=True)
+def _each(rule: Rule, drafting: bool) -> float:
+    """Time that a draft adds: its verification, and that the drafter reads it."""
+    return float(rule.costs[2] + (rule.costs[6] if drafting and rule.passes else 0.0))
+
+
+@njit(cache=True)
+def _best(slots: Slots, which: Ints, gains: Floats, limits: Ints, rule: Rule) -> int:
+    """Lengths of the best goodput, exactly (`aurora.goodput.choose`); writes them, returns the passes."""
+    requests = len(which)
+    plain = _plain_seconds(slots, which, rule)
+    best = np.zeros(requests, np.int64)
+    goodput, passes = requests / plain, 0
+    lengths = np.zeros(requests, np.int64)
+    longest = limits.max() if requests else 0
+    first = 1 if rule.passes else rule.k_max
+    improved = longest > 0
+    while improved:
+        improved = False
+        found, found_goodput, found_cap = best, goodput, passes
+        price, top = goodput, 0.0
+        for cap in range(first, (longest if rule.passes else rule.k_max) + 1):
+            seconds = plain + _pass_seconds(cap if rule.passes else 0, requests, rule)
+            emitted, each = float(requests), _each(rule, True)
+            for i in range(requests):
+                lengths[i], gained = _longest_worth(gains[i], min(limits[i], cap), price * each)
+                emitted += gained
+                seconds += lengths[i] * each
+            profit = emitted - price * seconds
+            if profit > top:
+                top = profit
+                found, found_goodput, found_cap = lengths.copy(), emitted / seconds, cap if rule.passes else 0
+        if found_goodput > goodput * (1 + _SAME):
+            best, goodput, passes, improved = found, found_goodput, found_cap, True
+    for i, slot in enumerate(which):
+        slots.length[slot] = best[i]
+    return passes
+
+
+@njit(cache=True)
+def _longest_worth(gains: Floats, limit: int, price: float) -> tuple[int, float]:
+    """The length up to `limit` with the best gain after `price` a draft, and its gain."""
+    best, best_gain, best_value, gain = 0, 0.0, 0.0, 0.0
+    for j in range(limit):
+        gain += gains[j]
+        if gain - price * (j + 1) > best_value:
+            best, best_gain, best_value = j + 1, gain, gain - price * (j + 1)
+    return best, best_gain
