@@ -21,6 +21,7 @@ _PULL = 0.1  # steps that the last fit counts for
 _REFIT_EVERY = 8
 _SETTLED = 32  # steps from which on the fit is believed more than a step that contradicts it
 _SURPRISE = 0.3  # difference from the prediction, as the logarithm of the ratio, beyond which a step says no more
+_FIRST_SURPRISE = 1.1  # the same before
 _SAME = 1e-9  # relative difference of goodput that is none
 
 
@@ -141,9 +142,10 @@ class StepTimeModel:
         usual = max(float(self._costs @ x), 1e-9)
         predicted = usual * float(np.exp(self._pace))
         self._errors = [*self._errors[-255:], abs(predicted - seconds) / seconds]
-        surprise = float(np.log(seconds / predicted))
-        if self._seen >= _SETTLED:
-            surprise = min(max(surprise, -_SURPRISE), _SURPRISE)
+        settled = self._seen >= _SETTLED
+        most = _SURPRISE if settled else _FIRST_SURPRISE
+        surprise = min(max(float(np.log(seconds / predicted)), -most), most)
+        if settled:
             self._pace += surprise / _PACE_MEMORY
         weight = 1.0 / usual**2  # relative errors: a long prefill must not drown the decode steps
         fade = 1.0 - 1.0 / _MEMORY

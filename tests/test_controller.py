@@ -232,6 +232,19 @@ def test_a_step_of_prompts_only_keeps_them_warm_while_the_drafter_is_good():
     assert controller.plan([RequestView("new", 201, drafting=True, limit=K)]).cap > 0
 
 
+@pytest.mark.parametrize(("rate", "reads"), [(0.8, True), (0.1, False)])
+def test_a_request_among_cold_ones_is_read_where_drafting_for_all_would_pay(rate: float, reads: bool):
+    controller = SpeculationController(K, exploration=0.0)
+    _Engine(controller, neural=rate).run(300)
+    controller._credit, controller._exploring = 0.0, False
+    views = [RequestView(name, 100, drafting=True, limit=K) for name in ("a", "b", "c", "new")]
+    controller._cold.update("abc")
+    plan = controller.plan(views)
+    assert (not plan.skip_drafter, plan.cap > 0) == (reads, reads)
+    controller._cold.add("new")
+    assert controller.plan(views).skip_drafter, "there is nobody to draft for"
+
+
 def test_reading_a_long_prompt_to_explore_is_paid_for():
     left = []
     for prompt_tokens in (10, 1000):

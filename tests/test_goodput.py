@@ -164,6 +164,29 @@ def test_one_stalled_step_does_not_spoil_the_model():
     assert model.predict(_work(requests=4)) == pytest.approx(0.06, rel=0.1)
 
 
+def test_stalled_steps_at_the_start_are_got_over():
+    model = StepTimeModel()
+    for i in range(200):
+        model.observe(_work(requests=4), 5.0 if i in (0, 10) else 0.06)
+    assert model.predict(_work(requests=4)) == pytest.approx(0.06, rel=0.1)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_drafts_cost_is_not_mistaken_for_the_machines_pace(seed: int):
+    rng = np.random.default_rng(seed)
+    true = np.array([0.037, 0.0006, 0.0015, 0, 0, 0, 0, 0, 0, 0, 0])
+    model, shares = StepTimeModel(), []
+    for i in range(2000):
+        work = _work(requests=4, drafts=int(rng.binomial(16, 0.4)))
+        slow = 1.7 if i // 200 % 3 == 1 else 1.0  # others use the machine, too
+        model.observe(work, float(true @ work.vector()) * slow * float(rng.lognormal(0, 0.15)))
+        shares.append(model.costs["draft"] / model.predict(_work(requests=4)))
+        if i % 200 == 199:
+            assert model.predict(work) == pytest.approx(float(true @ work.vector()) * slow, rel=0.1)
+    right = true[2] / (true[0] + 4 * true[1])
+    assert 0.6 * right < min(shares[400:]) < max(shares[400:]) < 1.6 * right
+
+
 def test_prediction_before_any_step_is_refused():
     with pytest.raises(ValueError, match="observe"):
         StepTimeModel().predict(_work())
