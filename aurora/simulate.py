@@ -220,18 +220,17 @@ def _rows(found: list[Simulated], options: SimulateOptions) -> Iterator[Row]:
 
 
 def _show(found: list[Simulated]) -> None:
-    table = Table(
-        "rule", "tokens/s", "latency p50", "p99", "mean", "first token p50", "p99", "tokens/step", "over best fixed"
-    )
+    heads = ("rule", "tokens/s", "tokens/step", "p50", "p99", "mean", "first p50", "over best fixed")
+    table = Table(*heads, title="latency and time to the first token in seconds", title_justify="left")
+    table.columns[0].no_wrap = True
     best = _best_fixed(found)
     for each in found:
-        seconds = (each.latency_p50_s, each.latency_p99_s, each.latency_mean_s)
-        first = (each.first_token_p50_s, each.first_token_p99_s)
+        seconds = (each.latency_p50_s, each.latency_p99_s, each.latency_mean_s, each.first_token_p50_s)
         table.add_row(
             each.policy,
             f"{each.tokens_per_s:.1f}",
-            *(f"{s:.2f} s" for s in (*seconds, *first)),
             f"{each.acceptance_length:.2f}",
+            *(f"{s:.4g}" for s in seconds),
             f"{best / each.latency_mean_s:.3f}",
         )
     Console().print(table)
