@@ -17,7 +17,7 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 FIXED, SMARTSPEC, GOODPUT, ORACLE = range(4)
-CREDIT, EXPLORING, RATE = range(3)  # places in Rule.memory
+CREDIT, EXPLORING, RATE, RAN = range(4)  # places in Rule.memory; RAN: the neural drafter ran in this step
 _SMARTSPEC_MEMORY = 0.9  # of the acceptance rate, at each verification
 _SAME = 1e-9
 
@@ -33,7 +33,7 @@ class Rule(NamedTuple):
     exploration: float  # share of the steps
     right: npt.NDArray[np.uint8]  # [places] drafts that are right
     expected: npt.NDArray[np.float32]  # [places, k_max] acceptances expected where drafts come without passes
-    memory: Floats  # [3]
+    memory: Floats  # [4]
     hits: Floats  # [k_max] of all requests
     trials: Floats  # [k_max]
 
@@ -61,7 +61,7 @@ class Slots(NamedTuple):
 
 def new_memory() -> Floats:
     """What a rule remembers at first: a whole burst of exploration, and SmartSpec's rate."""
-    return np.array([BURST, 1.0, OPTIMISM])
+    return np.array([BURST, 1.0, OPTIMISM, 0.0])
 
 
 @njit(cache=True)
@@ -82,6 +82,7 @@ def choose_lengths(slots: Slots, running: Ints, rule: Rule) -> int:
         for slot in decoding:
             slots.length[slot] = min(k, _usable_in(slots, slot, rule))
             passes = max(passes, slots.length[slot]) if rule.passes else 0
+    rule.memory[RAN] = passes > 0
     return passes
 
 
@@ -90,8 +91,8 @@ def learn(slots: Slots, slot: int, accepted: int, rule: Rule) -> None:
     """`accepted` of the slot's drafts were right."""
     drafted = slots.length[slot]
     right = min(rule.right[slots.place[slot]], 1)
-    if rule.passes and drafted == 0 and not slots.cold[slot] and slots.limit[slot] and rule.memory[EXPLORING]:
-        _observe(slots, slot, 1, right, rule)  # drafted to explore, not verified, and known all the same
+    if rule.memory[RAN] and drafted == 0 and not slots.cold[slot] and slots.limit[slot]:
+        _observe(slots, slot, 1, right, rule)  # drafted, not verified, and known all the same
     elif drafted:
         _observe(slots, slot, drafted, accepted, rule)
         rate = rule.memory[RATE]
