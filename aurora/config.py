@@ -122,7 +122,7 @@ class TrainerConfig(_Branch):
     ttt_steps: int = Field(3, ge=1, le=16, description="training-time-test depth: steps on the drafter's own states")
     depth_decay: float = Field(0.8, gt=0, le=1, description="loss weight of depth j is depth_decay ** j")
     accepted_weight: float = Field(1.0, ge=0, description="loss weight of rows along what the target emitted")
-    rejected_weight: float = Field(0.5, ge=0, description="loss weight of rows on rejected branches; 0 leaves them out")
+    rejected_weight: float = Field(0.0, ge=0, description="loss weight of rows on rejected branches; 0 leaves them out")
     rl: RLConfig = RLConfig()
     batch_rows: int = Field(256, ge=8, description="rollout starts an optimiser step")
     grad_clip: float = Field(1.0, gt=0)

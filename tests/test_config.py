@@ -88,10 +88,12 @@ def test_the_cache_follows_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
 def test_something_must_be_learned_from() -> None:
     with pytest.raises(ConfigError, match="accepted_weight 0 leaves nothing to imitate"):
-        load_config(None, {"trainer.accepted_weight": 0, "trainer.rejected_weight": 0})
+        load_config(None, {"trainer.accepted_weight": 0})
     with pytest.raises(ConfigError, match="accepted_weight 0"):
-        load_config(None, {"trainer.accepted_weight": 0, "trainer.loss": "accepted_length"})
-    assert load_config(None, {"trainer.accepted_weight": 0}).trainer.learns_rejected
+        load_config(
+            None, {"trainer.accepted_weight": 0, "trainer.rejected_weight": 1, "trainer.loss": "accepted_length"}
+        )
+    assert load_config(None, {"trainer.accepted_weight": 0, "trainer.rejected_weight": 0.5}).trainer.learns_rejected
 
 
 def test_traces_are_taken_for_the_trainer_or_for_the_log(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from trainer.flops import step_flops
 from trainer.learner import Learner, StepMetrics
 from trainer.rollout import Batch, build_batch
 
-SETTINGS = TrainerConfig(learning_rate=3e-3, warmup_steps=4, batch_rows=64, precision="fp32")
+SETTINGS = TrainerConfig(learning_rate=3e-3, warmup_steps=4, batch_rows=64, precision="fp32", rejected_weight=0.5)
 
 
 @pytest.fixture(scope="module")

@@ -50,6 +50,7 @@ def tiny_config(run_dir: Path, **trainer: Any) -> AuroraConfig:
         "holdout": 0.3,
         "gate_sequences": 4,
         "precision": "fp32",
+        "rejected_weight": 0.5,
     }
     branches = {"speculation": {"draft_vocab": DRAFT_VOCAB, "k_max": 3}, "trainer": plain | trainer}
     return AuroraConfig.model_validate({"run_dir": run_dir, **branches})
