@@ -1,6 +1,5 @@
 """The engine without HTTP and without actors: for commands that work through a list of requests by themselves."""
 
-import gc
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -71,5 +70,5 @@ class OfflineEngine:
     def close(self) -> None:
         """End the engine's processes."""
         self._engine.client.shutdown()
-        del self._engine
-        gc.collect()  # its finaliser fails once the interpreter is ending, and cycles would keep it until then
+        # vLLM's finaliser shuts down once more, which fails with a traceback when it runs as the interpreter ends.
+        self._engine.client.shutdown = lambda: None
