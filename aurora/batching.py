@@ -176,8 +176,7 @@ def _send_away(state: State, i: int) -> None:
 
 @njit(cache=True)
 def _vacate(state: State, i: int) -> None:
-    count = state.counts
-    slot = state.order[i]
+    count, slot = state.counts, state.order[i]
     count[KV] -= state.slots.context[slot]
     for j in range(i, count[RUNNING] - 1):
         state.order[j] = state.order[j + 1]

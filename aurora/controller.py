@@ -227,8 +227,10 @@ class SpeculationController:
         """
         if not self._limits(batch)[:, NEURAL].any():
             return False
-        with_it, without = (self._choose(batch, cold) for cold in (frozenset[str](), self._views.keys()))
-        return with_it.goodput > WORTH_READING * without.goodput
+        with_it = self._choose(batch, cold=frozenset())
+        if not with_it.caps.neural:
+            return False
+        return with_it.goodput > WORTH_READING * self._choose(batch, cold=self._views.keys()).goodput
 
     def _plan_fixed(self, drafting: list[RequestView], k: int) -> Plan:
         """The same length for all, drafted by the neural drafter if there is one."""

@@ -7,7 +7,6 @@ domains come in turns or mixed the lower panels tell them apart: one a domain, o
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from aurora.config import UserError, require_positive, require_writable
+from aurora.replay_result import legs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -89,15 +89,6 @@ def read_curve(file: Path) -> Curve:
         raise UserError(f"{file}: {error!r}; give files that `aurora replay --json` wrote") from error
 
 
-def legs(domains: Sequence[str]) -> list[tuple[str, int]]:
-    """(domain, its first request) of each stretch of one domain."""
-    found, first = [], 0
-    for domain, stretch in groupby(domains):
-        found.append((domain, first))
-        first += len(list(stretch))
-    return found
-
-
 def _draw(curves: Sequence[Curve], options: CurveOptions) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -126,7 +117,7 @@ def _plot(panel: "Axes", curves: Sequence[Curve], window: int, domain: str | Non
     panel.grid(alpha=0.3)
 
 
-def _mark(panel: "Axes", shifts: Sequence[tuple[str, int]]) -> None:
-    for domain, first in shifts:
-        panel.axvline(first, color="grey", linestyle=":", linewidth=1)
-        panel.annotate(domain, (first, 1.0), xycoords=("data", "axes fraction"), fontsize="x-small", va="bottom")
+def _mark(panel: "Axes", shifts: Sequence[tuple[str, range]]) -> None:
+    for domain, places in shifts:
+        panel.axvline(places.start, color="grey", linestyle=":", linewidth=1)
+        panel.annotate(domain, (places.start, 1.0), xycoords=("data", "axes fraction"), fontsize="x-small", va="bottom")

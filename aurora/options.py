@@ -303,7 +303,7 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
     """The flags of `aurora train`; names and defaults are those of `TrainOptions`, which checks the values."""
     add = parser.add_argument
     add("log", type=Path, metavar="LOG", help="directory of traces (capture.log_dir) or that `aurora record` made")
-    add("--out", type=Path, metavar="DIR", help="new directory for the drafter")
+    add("--out", type=Path, metavar="DIR", help="new directory for the drafter; not with --seeds, which only measure")
     add("--model", help="target; default: the one whose traces LOG holds")
     add("--drafter", type=Path, metavar="DIR", help="published drafter to begin with; default: the untrained one")
     add("--draft-vocab", type=int, default=8192, metavar="N", help="of the untrained drafter (default: %(default)s)")

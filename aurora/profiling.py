@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from aurora.acceptance_profile import AcceptanceProfile
 from aurora.confidence import ConfidenceModel
-from aurora.profile import AcceptanceProfile
+from aurora.config import UserError
 
 if TYPE_CHECKING:
     from trainer.sequence import Sequence as Recorded
@@ -20,11 +21,11 @@ def profile(
 ) -> AcceptanceProfile:
     """The profile of `drafter`, whose `places` are asked for in the order of arrival; too short answers are left out.
 
-    Raises ValueError when all are too short.
+    Raises UserError when all are too short.
     """
     found = [places(request) for request in requests if _places(request, k_max)]
     if not found:
-        raise ValueError(f"no answer is longer than {k_max} tokens")
+        raise UserError(f"--profile: no answer is longer than --k-max {k_max} tokens; lower it, or record longer ones")
     right, expected = (np.concatenate(parts) for parts in zip(*found, strict=True))
     ends = np.cumsum([len(counts) for counts, _ in found])
     return AcceptanceProfile(drafter, right.astype(np.uint8), ends, expected.astype(np.float32))

@@ -22,12 +22,12 @@ from rich.progress import Progress
 from rich.table import Table
 
 from aurora import profiling
+from aurora.acceptance_profile import AcceptanceProfile
 from aurora.clockwork import Clockwork, Live, Outcome, PortfolioSpeculator, PromptLookup, Speculator, Training
 from aurora.codec import CODECS
 from aurora.config import AuroraConfig, UserError, load_config, require_positive, require_writable
 from aurora.goodput import StepTimeModel
 from aurora.options import trainer_settings
-from aurora.profile import AcceptanceProfile
 from aurora.prompts import read_prompts
 from aurora.replay_result import Cell, half_widths, mean_cells, recovery, rows, summarise
 from aurora.results import read_rows, write_rows
@@ -138,8 +138,6 @@ def run(options: ReplayOptions) -> int:
     if options.results is not None:
         recovered = [recovery(trial.outcomes) for trial in trials]
         write_rows(options.results, rows(options.experiment, options.policy, cells, recovered, known))
-    if options.profile is not None:
-        _profile(options, recording, keys).write(options.profile)
     if options.json_file is not None:
         result = {
             "policy": options.policy,
@@ -149,6 +147,8 @@ def run(options: ReplayOptions) -> int:
             "requests": [asdict(outcome) for outcome in trials[0].outcomes],
         }
         options.json_file.write_text(json.dumps(result, indent=1))
+    if options.profile is not None:
+        _profile(options, recording, keys).write(options.profile)
     return 0
 
 

@@ -54,20 +54,30 @@ def _groups(domains: list[str]) -> dict[str, list[int]]:
     groups: dict[str, list[int]] = {domain: [] for domain in domains}
     for i, domain in enumerate(domains):
         groups[domain].append(i)
-    legs = [(domain, [i for i, _ in leg]) for domain, leg in groupby(enumerate(domains), lambda pair: pair[1])]
-    if len(legs) > len(groups) and min(len(places) for _, places in legs) >= _MIN_LEG:
+    stretches = legs(domains)
+    if len(stretches) > len(groups) and min(len(places) for _, places in stretches) >= _MIN_LEG:
         counts: Counter[str] = Counter()
-        for domain, places in legs:
+        for domain, places in stretches:
             counts[domain] += 1
-            groups[f"{domain}, leg {counts[domain]}"] = places
+            groups[f"{domain}, leg {counts[domain]}"] = list(places)
     return groups | {"all": list(range(len(domains)))}
+
+
+def legs(domains: Sequence[str]) -> list[tuple[str, range]]:
+    """Each stretch of one domain, and the places of its requests."""
+    found, first = [], 0
+    for domain, stretch in groupby(domains):
+        end = first + sum(1 for _ in stretch)
+        found.append((domain, range(first, end)))
+        first = end
+    return found
 
 
 def recovery(outcomes: list[Outcome]) -> dict[str, int | None]:
     """Requests to recover at the start of each domain's leg; empty where the domains are not one leg each."""
-    legs = [(domain, list(leg)) for domain, leg in groupby(outcomes, lambda outcome: outcome.domain)]
-    found = {domain: requests_to_recover(leg) for domain, leg in legs}
-    return found if len(found) == len(legs) else {}
+    stretches = legs([outcome.domain for outcome in outcomes])
+    found = {domain: requests_to_recover([outcomes[i] for i in places]) for domain, places in stretches}
+    return found if len(found) == len(stretches) else {}
 
 
 def requests_to_recover(leg: list[Outcome]) -> int | None:

@@ -17,10 +17,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from aurora import batching, speculation_rules
+from aurora.acceptance_profile import AcceptanceProfile, read_profile
 from aurora.arrivals import ArrivalTrace, read_arrivals
 from aurora.config import UserError, require_positive, require_writable
 from aurora.goodput import COSTS, StepTimeModel
-from aurora.profile import AcceptanceProfile, read_profile
 from aurora.results import Row, command_line, read_rows, write_rows
 from aurora.step_costs import read_costs
 

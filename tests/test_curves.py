@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aurora.config import UserError
-from aurora.curves import Curve, CurveOptions, legs, read_curve, run
+from aurora.curves import Curve, CurveOptions, read_curve, run
 
 
 def _result(file: Path, policy: str, domains: list[str]) -> Path:
@@ -31,10 +31,6 @@ def test_a_domain_has_a_curve_of_its_own_requests() -> None:
     curve = Curve("p", ("a", "b", "a", "b"), np.array([2.0, 9.0, 4.0, 9.0]), np.array([1.0, 1.0, 1.0, 1.0]))
     assert curve.rolling(2, "a").tolist() == [3.0]
     assert curve.rolling(3, "a").tolist() == []
-
-
-def test_legs_begin_where_the_domain_changes() -> None:
-    assert legs(["a", "a", "b", "a"]) == [("a", 0), ("b", 2), ("a", 3)]
 
 
 @pytest.mark.parametrize("order", [["a"] * 40 + ["b"] * 40, ["a", "b"] * 40, ["a"] * 80])

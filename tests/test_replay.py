@@ -10,13 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aurora import profiling
+from aurora.acceptance_profile import read_profile
 from aurora.clockwork import Clockwork, Live, Outcome, PromptLookup, Speculator, lookup
 from aurora.config import UserError
 from aurora.goodput import COSTS, StepTimeModel
-from aurora.profile import read_profile
 from aurora.prompts import Conversation
 from aurora.replay import POLICIES, Arrivals, ReplayOptions, policy_of, run
-from aurora.replay_result import Cell, half_widths, mean_cells, recovery, requests_to_recover, summarise
+from aurora.replay_result import Cell, half_widths, legs, mean_cells, recovery, requests_to_recover, summarise
 from aurora.results import read_rows
 from aurora.step_costs import read_costs
 from aurora.trace import DraftTrace, decode_traces
@@ -291,22 +292,26 @@ def test_recovery_is_the_first_stretch_as_good_as_the_legs_end():
 
 
 def test_recovery_is_told_where_each_domain_is_one_leg():
-    legs = [replace(_outcome(20), domain=domain) for domain in ("a", "b") for _ in range(80)]
-    assert recovery(legs) == {"a": 0, "b": 0}
-    assert recovery([*legs, *legs]) == {}
+    streams = [replace(_outcome(20), domain=domain) for domain in ("a", "b") for _ in range(80)]
+    assert recovery(streams) == {"a": 0, "b": 0}
+    assert recovery([*streams, *streams]) == {}
+
+
+def test_legs_begin_where_the_domain_changes():
+    assert legs(["a", "a", "b", "a"]) == [("a", range(2)), ("b", range(2, 3)), ("a", range(3, 4))]
 
 
 def test_domains_that_come_back_have_a_cell_for_each_leg():
-    legs = [
+    outcomes = [
         replace(_outcome(accepted), domain=domain)
         for domain, accepted in (("a", 0), ("b", 10), ("a", 20))
         for _ in range(12)
     ]
-    cells = {cell.domain: cell for cell in summarise(legs, legs)}
+    cells = {cell.domain: cell for cell in summarise(outcomes, outcomes)}
     assert list(cells) == ["a", "b", "a, leg 1", "b, leg 1", "a, leg 2", "all"]
     assert [cells[name].acceptance_length for name in ("a", "a, leg 1", "a, leg 2", "all")] == [2, 1, 3, 2]
     assert cells["a, leg 2"].requests == 12
-    for once_or_mixed in (legs[:24], legs[::12]):
+    for once_or_mixed in (outcomes[:24], outcomes[::12]):
         assert not any("leg" in cell.domain for cell in summarise(once_or_mixed, once_or_mixed))
 
 
@@ -331,6 +336,8 @@ def test_a_profile_holds_what_is_right_at_every_place(policy: str, recorded: Pat
         assert (np.diff(profile.expected, axis=1) <= 0).all()
     with pytest.raises(UserError, match="--profile: portfolio has not one drafter to profile"):
         _options(recorded, "portfolio", profile=tmp_path / "other")
+    with pytest.raises(UserError, match="no answer is longer than --k-max 99 tokens; lower it"):
+        profiling.profile("ngram", 99, requests, profiling.table_places(1 << 20, 99))
 
 
 def test_bad_input_is_named(recorded: Path, tmp_path: Path):

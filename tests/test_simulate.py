@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from aurora import batching, speculation_rules
+from aurora.acceptance_profile import AcceptanceProfile, read_profile
 from aurora.cli import main
 from aurora.clockwork import Clockwork, Live, Outcome, PortfolioSpeculator, Speculator
 from aurora.config import SpeculationConfig
 from aurora.goodput import StepTimeModel
-from aurora.profile import AcceptanceProfile, read_profile
 from aurora.results import read_rows
 from aurora.simulate import simulate
 from serve.portfolio import Portfolio

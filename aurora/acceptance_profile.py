@@ -22,9 +22,7 @@ class AcceptanceProfile:
     drafter: str  # "eagle3", whose drafts cost passes, or "ngram", whose drafts are free until they are verified
     right: npt.NDArray[np.uint8]  # [places] leading drafts that are right, over all answers one after the other
     ends: npt.NDArray[np.int64]  # [answers] place after each answer's last
-    expected: npt.NDArray[
-        np.float32
-    ]  # [places, k_max] acceptances expected of each draft, as the drafter's user sees it
+    expected: npt.NDArray[np.float32]  # [places, k_max] acceptances of each draft that its user would expect
 
     def __post_init__(self) -> None:
         if self.right.shape != self.expected.shape[:1] or not len(self.ends) or self.ends[-1] != len(self.right):
