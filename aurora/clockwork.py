@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from aurora.controller import Plan, RequestView, SpeculationController
-from aurora.goodput import NEURAL, StepTimeModel, StepWork
+from aurora.goodput import NEURAL
+from aurora.step_time import StepTimeModel, StepWork
 from aurora.trace import TABLE_VERSION, encode_traces, pack_states
 from trainer.recording import Verified, traces_of
 

@@ -23,20 +23,8 @@ import numpy as np
 
 from aurora.acceptance import AcceptanceModel
 from aurora.confidence import ConfidenceModel, DraftBasis
-from aurora.goodput import (
-    DRAFTERS,
-    MODEL,
-    NEURAL,
-    TABLE,
-    Caps,
-    Choice,
-    Floats,
-    Ints,
-    StepTimeModel,
-    StepWork,
-    choose,
-    with_drafts,
-)
+from aurora.goodput import DRAFTERS, MODEL, NEURAL, TABLE, Caps, Choice, choose, with_drafts
+from aurora.step_time import Floats, Ints, StepTimeModel, StepWork
 
 BURST = 4.0  # credit of one burst, in plain steps; granted at start and at each new drafter version
 _CURVE_MEMORY = 0.9  # of what the table was worth in a request's earlier steps

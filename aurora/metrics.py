@@ -27,7 +27,7 @@ class EngineReport(msgspec.Struct, frozen=True, kw_only=True):
     measured_s: float = 0.0  # what the same steps took
     predicted_goodput: float = 0.0  # tokens/s of engine time that the goodput rule expects; 0 while it cannot tell
     step_error: float = 0.0  # median |predicted - measured| / measured; the latest window's
-    step_costs: dict[str, float] = {}  # seconds of each part of a step, as last fitted (`aurora.goodput.COSTS`)
+    step_costs: dict[str, float] = {}  # seconds of each part of a step, as last fitted (`aurora.step_time.COSTS`)
     traces: int = 0
     trace_bytes: int = 0
     traces_dropped: int = 0

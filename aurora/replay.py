@@ -26,12 +26,12 @@ from aurora.acceptance_profile import AcceptanceProfile
 from aurora.clockwork import Clockwork, Live, Outcome, PortfolioSpeculator, PromptLookup, Speculator, Training
 from aurora.codec import CODECS
 from aurora.config import AuroraConfig, UserError, load_config, require_positive, require_writable
-from aurora.goodput import StepTimeModel
 from aurora.options import trainer_settings
 from aurora.prompts import read_prompts
 from aurora.replay_result import Cell, half_widths, mean_cells, recovery, rows, summarise
 from aurora.results import read_rows, write_rows
 from aurora.step_costs import read_costs
+from aurora.step_time import StepTimeModel
 from aurora.trace import TABLE_VERSION
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ class Scrape:
     request_steps: float = 0.0
     emitted: float = 0.0
     live_version: int | None = None
-    step_costs: dict[str, float] = field(default_factory=dict)  # seconds, by the names of `aurora.goodput.COSTS`
+    step_costs: dict[str, float] = field(default_factory=dict)  # seconds, by the names of `aurora.step_time.COSTS`
 
 
 def parse_scrape(page: str) -> Scrape:

@@ -20,9 +20,9 @@ from aurora import batching, speculation_rules
 from aurora.acceptance_profile import AcceptanceProfile, read_profile
 from aurora.arrivals import ArrivalTrace, read_arrivals
 from aurora.config import UserError, require_positive, require_writable
-from aurora.goodput import COSTS, StepTimeModel
 from aurora.results import Row, command_line, read_rows, write_rows
 from aurora.step_costs import read_costs
+from aurora.step_time import COSTS, StepTimeModel
 
 _STEPS = 20_000  # between two looks at the progress
 

@@ -28,7 +28,7 @@ class Rule(NamedTuple):
     kind: int
     k_max: int
     by_batch: Ints  # [max_seqs + 1] of FIXED: length for each number of decoding requests
-    costs: Floats  # [8] seconds, the first of `aurora.goodput.COSTS`
+    costs: Floats  # [8] seconds, the first of `aurora.step_time.COSTS`
     passes: bool  # whether drafts cost passes of a neural drafter
     exploration: float  # share of the steps
     right: npt.NDArray[np.uint8]  # [places] drafts that are right

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from aurora.config import UserError
-from aurora.goodput import MODEL_COSTS, StepTimeModel
+from aurora.step_time import MODEL_COSTS, StepTimeModel
 
 
 def read_costs(file: Path, draft_model: bool = False) -> StepTimeModel:

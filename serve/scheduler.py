@@ -16,7 +16,8 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from aurora.config import SpeculationConfig
 from aurora.controller import Plan, RequestView
-from aurora.goodput import MODEL, StepWork
+from aurora.goodput import MODEL
+from aurora.step_time import StepWork
 from serve.portfolio import Drafts, Portfolio
 
 if TYPE_CHECKING:

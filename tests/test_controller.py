@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from aurora.controller import MODEL, NEURAL, TABLE, Offer, RequestView, SpeculationController
-from aurora.goodput import COSTS, StepTimeModel, StepWork
+from aurora.step_time import COSTS, StepTimeModel, StepWork
 from drafters.ngram import Basis
 
 K = 4

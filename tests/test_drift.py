@@ -9,8 +9,9 @@ import pytest
 from aurora.config import SpeculationConfig
 from aurora.controller import RequestView
 from aurora.drift import DriftDetector
-from aurora.goodput import COSTS, TABLE, StepTimeModel, StepWork
+from aurora.goodput import TABLE
 from aurora.metrics import EngineReport
+from aurora.step_time import COSTS, StepTimeModel, StepWork
 from serve.portfolio import Portfolio
 
 NOTICED = 500  # first drafts after which a fall from 0.5 to 0.2 is noticed

@@ -2,7 +2,8 @@
 
 from aurora.config import SpeculationConfig
 from aurora.controller import RequestView
-from aurora.goodput import MODEL, NEURAL, TABLE, StepWork
+from aurora.goodput import MODEL, NEURAL, TABLE
+from aurora.step_time import StepWork
 from serve.portfolio import Portfolio
 
 K = 4

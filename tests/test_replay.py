@@ -14,12 +14,12 @@ from aurora import profiling
 from aurora.acceptance_profile import read_profile
 from aurora.clockwork import Clockwork, Live, Outcome, PromptLookup, Speculator, lookup
 from aurora.config import UserError
-from aurora.goodput import COSTS, StepTimeModel
 from aurora.prompts import Conversation
 from aurora.replay import POLICIES, Arrivals, ReplayOptions, policy_of, run
 from aurora.replay_result import Cell, half_widths, legs, mean_cells, recovery, requests_to_recover, summarise
 from aurora.results import read_rows
 from aurora.step_costs import read_costs
+from aurora.step_time import COSTS, StepTimeModel
 from aurora.trace import DraftTrace, decode_traces
 from drafters import TargetWeights, load_drafter
 from drafters.rollout import Context, Nodes, run_rollouts

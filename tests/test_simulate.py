@@ -12,9 +12,9 @@ from aurora.acceptance_profile import AcceptanceProfile, read_profile
 from aurora.cli import main
 from aurora.clockwork import Clockwork, Live, Outcome, PortfolioSpeculator, Speculator
 from aurora.config import SpeculationConfig
-from aurora.goodput import StepTimeModel
 from aurora.results import read_rows
 from aurora.simulate import simulate
+from aurora.step_time import StepTimeModel
 from serve.portfolio import Portfolio
 from trainer.sequence import Sequence
 

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from aurora import speculation_rules as rules
 from aurora.acceptance import AcceptanceModel
-from aurora.goodput import COSTS, DRAFTERS, NEURAL, TABLE, Caps, StepTimeModel, StepWork, choose
+from aurora.goodput import DRAFTERS, NEURAL, TABLE, Caps, choose
 from aurora.speculation_rules import Rule, Slots, choose_lengths, learn, new_memory
+from aurora.step_time import COSTS, StepTimeModel, StepWork
 
 K_MAX = 3
 

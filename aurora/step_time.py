@@ -1,0 +1,165 @@
+"""How long an engine step takes: linear in what the step computes, fitted online from the engine's own steps."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import nnls
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+_MEMORY = 1000.0  # steps after which an observation's weight has faded to 1/e
+_PACE_MEMORY = 50.0  # the same for the machine's pace
+_PULL = 0.1  # steps that the last fit counts for
+_REFIT_EVERY = 8
+_SETTLED = 32  # steps from which on the fit is believed more than a step that contradicts it
+_SURPRISE = 0.3  # difference from the prediction, as the logarithm of the ratio, beyond which a step says no more
+_FIRST_SURPRISE = 1.1  # the same before
+
+
+@dataclass(frozen=True)
+class StepWork:
+    """What one engine step computes; the features of its time."""
+
+    requests: int  # requests that decode
+    drafts: int  # drafted tokens to verify
+    prefill_tokens: int
+    context_tokens: int  # tokens attended to, over all requests
+    draft_first: int  # 1 if the drafter reads this step's tokens
+    draft_more: int  # further drafter passes, one token a request each
+    model_first: int = 0  # 1 if the draft model runs
+    model_read: int = 0  # tokens that it reads, over all requests
+    model_more: int = 0  # its further passes, one token a request each
+
+    def vector(self) -> Floats:
+        """One number for each cost of the model, in the order of COSTS."""
+        read = self.draft_first * (self.requests + self.drafts + self.prefill_tokens)
+        return np.array(
+            [
+                1.0,
+                self.requests,
+                self.drafts,
+                self.prefill_tokens,
+                self.context_tokens * 1e-3,
+                self.draft_first,
+                read,
+                self.draft_more,
+                self.model_first,
+                self.model_read,
+                self.model_more,
+            ],
+            dtype=np.float64,
+        )
+
+
+_READS_NONE = StepWork(1, 0, 0, 0, 0, 0, model_first=1)
+_READS_ONE = dataclasses.replace(_READS_NONE, model_read=1)
+
+MODEL_COSTS = ("model_first_pass", "model_read_token", "model_further_pass")
+COSTS = (
+    "constant",
+    "request",
+    "draft",
+    "prefill_token",
+    "kilo_context_token",
+    "first_pass",
+    "read_token",
+    "further_pass",
+    *MODEL_COSTS,
+)  # in the order of StepWork.vector
+
+# Prior cost of each feature as a share of the plain step's constant, in the order of StepWork.vector. Longer drafts are
+# guessed cheap, so that they are tried. The drafter's first pass is guessed dear: too dear is seen as soon as the pass
+# is left out, too cheap never is while every step has it. So is what the draft model reads.
+_PRIOR_SHARES = np.array([1.0, 0.03, 0.1, 0.02, 0.02, 0.25, 0.001, 0.05, 0.25, 0.003, 0.1])
+
+
+@dataclass
+class StepTimeModel:
+    """Non-negative least squares of step time on StepWork, forgetting old steps. Times in seconds.
+
+    A machine that others use is slower for a while, whatever the steps compute. So a step takes what its work costs at
+    the machine's usual pace, times the pace of late: a short average of how much slower than that the steps were. What
+    one cost is relative to another, which is all that a choice depends on, is thus not mistaken for the pace.
+    """
+
+    _gram: Floats = field(default_factory=lambda: np.zeros((len(COSTS), len(COSTS))))
+    _moment: Floats = field(default_factory=lambda: np.zeros(len(COSTS)))
+    _costs: Floats | None = None  # at the usual pace
+    _pace: float = 0.0  # logarithm of how many times longer steps take of late
+    _seen: int = 0
+    _model_seen: bool = False  # whether a draft model ever ran
+    _errors: list[float] = field(default_factory=list)
+
+    @classmethod
+    def known(cls, costs: Mapping[str, float]) -> "StepTimeModel":
+        """A model with given costs, in seconds by the names of COSTS; MODEL_COSTS may be left out and are then 0.
+
+        Raises ValueError naming another one that is missing.
+        """
+        missing = [name for name in COSTS if name not in costs and name not in MODEL_COSTS]
+        if missing:
+            raise ValueError(f"no cost of {missing[0]}; there must be {', '.join(COSTS)}")
+        known = np.array([costs.get(name, 0.0) for name in COSTS], dtype=np.float64)
+        return cls(_costs=known, _model_seen=any(name in costs for name in MODEL_COSTS))
+
+    @property
+    def ready(self) -> bool:
+        return self._costs is not None
+
+    @property
+    def costs(self) -> dict[str, float]:
+        """Seconds by the names of COSTS, without MODEL_COSTS while no draft model ran; empty before any observation."""
+        names = COSTS if self._model_seen else COSTS[: -len(MODEL_COSTS)]
+        now = self._costs * np.exp(self._pace) if self._costs is not None else np.zeros(0)
+        return dict(zip(names, now.tolist(), strict=False))
+
+    @property
+    def reading(self) -> float:
+        """Seconds that the draft model takes to read a token. Raises ValueError before the first observation."""
+        return self.predict(_READS_ONE) - self.predict(_READS_NONE)
+
+    def predict(self, work: StepWork) -> float:
+        """Seconds that `work` will take. Raises ValueError before the first observation."""
+        if self._costs is None:
+            raise ValueError("no step has been observed yet: call observe() first")
+        return float(self._costs @ work.vector() * np.exp(self._pace))
+
+    def observe(self, work: StepWork, seconds: float) -> None:
+        """Learn from a finished step."""
+        x = work.vector()
+        self._model_seen = self._model_seen or work.model_first > 0
+        if self._costs is None:
+            self._costs = _PRIOR_SHARES * seconds / float(_PRIOR_SHARES @ x)
+        usual = max(float(self._costs @ x), 1e-9)
+        predicted = usual * float(np.exp(self._pace))
+        self._errors = [*self._errors[-255:], abs(predicted - seconds) / seconds]
+        settled = self._seen >= _SETTLED
+        most = _SURPRISE if settled else _FIRST_SURPRISE
+        surprise = min(max(float(np.log(seconds / predicted)), -most), most)
+        if settled:
+            self._pace += surprise / _PACE_MEMORY
+        weight = 1.0 / usual**2  # relative errors: a long prefill must not drown the decode steps
+        fade = 1.0 - 1.0 / _MEMORY
+        self._gram = fade * self._gram + weight * np.outer(x, x)
+        self._moment = fade * self._moment + weight * usual * float(np.exp(surprise)) * x
+        self._seen += 1
+        if self._seen % _REFIT_EVERY == 0:
+            self._costs = self._fit(self._costs)
+
+    def _fit(self, last: Floats) -> Floats:
+        """Minimise the weighted squares plus a pull to the last fit, under costs >= 0."""
+        scale = np.maximum(last, 1e-3 * last[0] * _PRIOR_SHARES)  # solve for costs / scale: well conditioned
+        gram = self._gram * np.outer(scale, scale) + _PULL * np.eye(len(scale))
+        root = np.linalg.cholesky(gram)
+        moment = self._moment * scale + _PULL * last / scale
+        costs: Floats = nnls(root.T, np.linalg.solve(root, moment))[0] * scale
+        costs[0] = max(costs[0], 1e-6)
+        return costs
+
+    def median_error(self) -> float:
+        """Median absolute relative error of the last 256 predictions, made before the step was seen; 0.0 before any."""
+        return float(np.median(self._errors)) if self._errors else 0.0

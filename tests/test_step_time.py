@@ -1,0 +1,94 @@
+"""The step-time model recovers what generated its data, through stalls and slow minutes."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aurora.step_time import COSTS, MODEL_COSTS, StepTimeModel, StepWork
+
+
+def _work(**changes: int) -> StepWork:
+    base = {"requests": 1, "drafts": 0, "prefill_tokens": 0, "context_tokens": 0, "draft_first": 0, "draft_more": 0}
+    return StepWork(**{**base, **changes})
+
+
+def test_step_time_model_recovers_costs():
+    rng = np.random.default_rng(0)
+    true = np.array([0.05, 0.002, 0.01, 0.0004, 0.001, 0.006, 0.0001, 0.004, 0.007, 0.0002, 0.003])
+    model = StepTimeModel()
+    for _ in range(1500):
+        cap, drafted = int(rng.integers(0, 5)), int(rng.integers(0, 5))
+        requests = int(rng.integers(1, 9))
+        work = StepWork(
+            requests=requests,
+            drafts=int(rng.integers(0, requests * cap + 1)),
+            prefill_tokens=int(rng.choice([0, 0, 0, 100])),
+            context_tokens=int(rng.integers(50, 4000)),
+            draft_first=int(cap > 0),
+            draft_more=max(cap - 1, 0),
+            model_first=int(drafted > 0),
+            model_read=drafted and int(rng.integers(1, 400)),
+            model_more=max(drafted - 1, 0),
+        )
+        model.observe(work, float(true @ work.vector()) * float(rng.lognormal(0, 0.02)))
+    probe = _work(requests=4, drafts=12, context_tokens=2000, draft_first=1, draft_more=2, model_first=1, model_read=9)
+    assert model.predict(probe) == pytest.approx(float(true @ probe.vector()), rel=0.05)
+    assert model.median_error() < 0.05
+
+
+def test_costs_of_a_draft_model_are_told_once_one_ran():
+    model = StepTimeModel()
+    model.observe(_work(), 0.06)
+    assert set(model.costs) == set(COSTS) - set(MODEL_COSTS)
+    model.observe(_work(model_first=1, model_read=3), 0.08)
+    assert set(model.costs) == set(COSTS)
+    assert model.reading == pytest.approx(model.costs["model_read_token"])
+    older = StepTimeModel.known(dict.fromkeys(set(COSTS) - set(MODEL_COSTS), 0.1))
+    assert set(older.costs) == set(COSTS) - set(MODEL_COSTS)
+    assert older.reading == 0.0
+
+
+def test_one_stalled_step_does_not_spoil_the_model():
+    model = StepTimeModel()
+    for i in range(200):
+        model.observe(_work(requests=4), 60.0 if i == 100 else 0.06)
+    assert model.predict(_work(requests=4)) == pytest.approx(0.06, rel=0.1)
+
+
+def test_stalled_steps_at_the_start_are_got_over():
+    model = StepTimeModel()
+    for i in range(200):
+        model.observe(_work(requests=4), 5.0 if i in (0, 10) else 0.06)
+    assert model.predict(_work(requests=4)) == pytest.approx(0.06, rel=0.1)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_drafts_cost_is_not_mistaken_for_the_machines_pace(seed: int):
+    rng = np.random.default_rng(seed)
+    true = np.array([0.037, 0.0006, 0.0015, 0, 0, 0, 0, 0, 0, 0, 0])
+    model, shares = StepTimeModel(), []
+    for i in range(2000):
+        work = _work(requests=4, drafts=int(rng.binomial(16, 0.4)))
+        slow = 1.7 if i // 200 % 3 == 1 else 1.0  # others use the machine, too
+        model.observe(work, float(true @ work.vector()) * slow * float(rng.lognormal(0, 0.15)))
+        shares.append(model.costs["draft"] / model.predict(_work(requests=4)))
+        if i % 200 == 199:
+            assert model.predict(work) == pytest.approx(float(true @ work.vector()) * slow, rel=0.1)
+    right = true[2] / (true[0] + 4 * true[1])
+    assert 0.6 * right < min(shares[400:]) < max(shares[400:]) < 1.6 * right
+
+
+def test_prediction_before_any_step_is_refused():
+    with pytest.raises(ValueError, match="observe"):
+        StepTimeModel().predict(_work())
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 8), st.integers(0, 20), st.floats(0.001, 10)), min_size=9, max_size=60))
+def test_costs_never_go_negative(steps):
+    model = StepTimeModel()
+    for requests, drafts, seconds in steps:
+        model.observe(_work(requests=requests, drafts=drafts, draft_first=int(drafts > 0)), seconds)
+    assert model._costs is not None
+    assert (model._costs >= 0).all()
