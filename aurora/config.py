@@ -57,12 +57,22 @@ class ServerConfig(_Branch):
     start_timeout_s: float = Field(900, gt=0)
 
 
+Objective = Literal["goodput", "latency", "slo"]
+
+
 class SpeculationConfig(_Branch):
     """Drafting and the choice of its length."""
 
     enabled: bool = True
     k_max: int = Field(4, ge=1, le=16, description="longest draft; the engine reserves KV slots for it")
     fixed_k: int | None = Field(None, ge=0, le=16, description="same k for every request instead of the goodput rule")
+    objective: Objective = Field(
+        "goodput",
+        description="what the rule maximises: tokens a second, the time a token takes a request, deadlines kept",
+    )
+    token_deadline_ms: float | None = Field(
+        None, gt=0, description="time between tokens that each request is owed (objective slo); it may name its own"
+    )
     drafters: tuple[Literal["eagle3", "ngram", "model"], ...] = Field(
         ("eagle3", "ngram"),
         min_length=1,
@@ -81,6 +91,14 @@ class SpeculationConfig(_Branch):
     def _fixed_within_max(self) -> "SpeculationConfig":
         if self.fixed_k is not None and self.fixed_k > self.k_max:
             raise ValueError(f"fixed_k {self.fixed_k} exceeds k_max {self.k_max}: raise k_max or lower fixed_k")
+        return self
+
+    @model_validator(mode="after")
+    def _objective_has_its_say(self) -> "SpeculationConfig":
+        if self.fixed_k is not None and self.objective != "goodput":
+            raise ValueError(f"objective {self.objective} and fixed_k {self.fixed_k}: leave one of them out")
+        if self.token_deadline_ms is not None and self.objective != "slo":
+            raise ValueError(f"token_deadline_ms {self.token_deadline_ms}: objective must be slo for it to matter")
         return self
 
 

@@ -18,18 +18,31 @@ import operator
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 
 from aurora.acceptance import AcceptanceModel
 from aurora.confidence import ConfidenceModel, DraftBasis
-from aurora.goodput import DRAFTERS, MODEL, NEURAL, TABLE, Caps, Choice, choose, with_drafts
+from aurora.config import Objective
+from aurora.goodput import (
+    DRAFTERS,
+    MODEL,
+    NEURAL,
+    TABLE,
+    Caps,
+    Choice,
+    choose,
+    choose_latency,
+    with_drafts,
+    within,
+)
 from aurora.step_time import Floats, Ints, StepTimeModel, StepWork
 
 BURST = 4.0  # credit of one burst, in plain steps; granted at start and at each new drafter version
 _CURVE_MEMORY = 0.9  # of what the table was worth in a request's earlier steps
 _DOMAIN_CURVE_MEMORY = 0.99
-WORTH_READING = 1.03  # times the goodput without it that must come of the neural drafter once no request is cold
+WORTH_READING = 1.03  # times the merit without it that must come of the neural drafter once no request is cold
 _NEARLY_READ = 16.0  # unread tokens up to which the draft model goes along with a request at each step
 _CATCH_UP_STEPS = 32.0  # steps that reading more than that is an investment for
 
@@ -44,6 +57,18 @@ class RequestView:
     limit: int  # longest draft that it may have after this step
     prefill_tokens: int = 0  # prompt tokens read in this step
     domain: str = ""
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """What is known of the step after the one at hand, in which the drafts are verified."""
+
+    prefill_tokens: int = 0  # prompt tokens that it reads
+    room: int | None = None  # drafts, over all requests, that token budget and KV cache leave room for; None: any
+    needs: Mapping[str, float] = field(default_factory=dict)  # request -> tokens it must emit then to be on time
+
+
+UNKNOWN = Ahead()
 
 
 @dataclass(frozen=True)
@@ -85,6 +110,7 @@ class SpeculationController:
 
     k_max: int
     fixed_k: int | None = None
+    objective: Objective = "goodput"
     exploration: float = 0.01  # share of the engine's steps
     neural: bool = True  # whether there is a neural drafter to use
     model: bool = False  # whether there is a draft model
@@ -94,6 +120,7 @@ class SpeculationController:
     step_time: StepTimeModel = field(default_factory=StepTimeModel)
     expected_tokens: float = 0.0  # emitted by the next step as it was settled; 0.0 while the step time is unknown
     _views: dict[str, RequestView] = field(default_factory=dict)  # of the step at hand
+    _ahead: Ahead = field(default_factory=Ahead)
     _cold: set[str] = field(default_factory=set)
     _read: dict[str, int] = field(default_factory=dict)  # request -> tokens that the draft model has read
     _reads: frozenset[str] = frozenset()  # requests that it reads in the step at hand
@@ -106,9 +133,10 @@ class SpeculationController:
     def __post_init__(self) -> None:
         self.acceptance, self.model_acceptance = AcceptanceModel(self.k_max), AcceptanceModel(self.k_max)
 
-    def plan(self, batch: list[RequestView]) -> Plan:
+    def plan(self, batch: list[RequestView], ahead: Ahead = UNKNOWN) -> Plan:
         """Decide on neural drafter and draft model for the step that is about to run."""
         self._views = {v.request_id: v for v in batch}
+        self._ahead = ahead
         for view in batch:
             self._meet(view)
         plan = self._plan(batch)
@@ -117,9 +145,10 @@ class SpeculationController:
             self._cold.update(self._views)
         return plan
 
-    def settle(self, plan: Plan, offers: Mapping[str, Offer]) -> dict[str, Draft]:
+    def settle(self, plan: Plan, offers: Mapping[str, Offer], ahead: Ahead = UNKNOWN) -> dict[str, Draft]:
         """Choose among the drafts that the requests of the planned step have now; each gets at least an empty one."""
         views = [self._views[r] for r in offers]
+        self._ahead = ahead
         gains, limits = self._gains(views), np.zeros((len(views), DRAFTERS), np.int64)
         for i, (view, offer) in enumerate(zip(views, offers.values(), strict=True)):
             limits[i, [NEURAL, MODEL]] = min(offer.limit, offer.neural), min(offer.limit, offer.model)
@@ -132,7 +161,9 @@ class SpeculationController:
         if not self.step_time.ready:
             self.expected_tokens = 0.0
             return {v.request_id: Draft(NEURAL, int(k)) for v, k in zip(views, limits[:, NEURAL], strict=True)}
-        choice = choose(gains, limits, _plain_step(views), self.step_time, caps=[plan.caps])
+        choice = self._best(views, gains, limits, caps=[plan.caps])
+        if ahead.room is not None:
+            choice = within(choice, gains, ahead.room)
         self.expected_tokens = choice.emitted
         drafts = map(Draft, choice.drafters, choice.lengths)
         return dict(zip(offers, drafts, strict=True))
@@ -218,7 +249,7 @@ class SpeculationController:
         with_it = self._choose(batch, cold=frozenset())
         if not with_it.caps.neural:
             return False
-        return with_it.goodput > WORTH_READING * self._choose(batch, cold=self._views.keys()).goodput
+        return with_it.merit > WORTH_READING * self._choose(batch, cold=self._views.keys()).merit
 
     def _plan_fixed(self, drafting: list[RequestView], k: int) -> Plan:
         """The same length for all, drafted by the neural drafter if there is one."""
@@ -259,7 +290,15 @@ class SpeculationController:
         unread = np.array([self._unread(v) for v in views], np.float64)
         # Beyond what comes with each step, reading is paid back over the steps that follow.
         price = np.minimum(unread, _NEARLY_READ) + np.maximum(unread - _NEARLY_READ, 0.0) / _CATCH_UP_STEPS
-        return choose(self._gains(views), limits, _plain_step(views), self.step_time, unread=price)
+        return self._best(views, self._gains(views), limits, unread=price)
+
+    def _best(self, views: list[RequestView], gains: Floats, limits: Ints, **known: Any) -> Choice:
+        """What the objective says; known: `caps` and `unread` of `aurora.goodput.choose`."""
+        base = dataclasses.replace(_plain_step(views), prefill_tokens=self._ahead.prefill_tokens)
+        if self.objective == "latency":
+            return choose_latency(gains, limits, base, self.step_time, **known)
+        needs = np.array([self._ahead.needs.get(v.request_id, 0.0) for v in views]) if self.objective == "slo" else None
+        return choose(gains, limits, base, self.step_time, needs=needs, **known)
 
     def _unread(self, view: RequestView) -> int:
         """Tokens that the draft model would read for this request at the end of the step: at least the newest."""
@@ -292,7 +331,8 @@ class SpeculationController:
     def _limits(self, views: list[RequestView], cold: Set[str] | None = None) -> Ints:
         """Longest draft by request and drafter, [requests, DRAFTERS]."""
         cold = self._cold if cold is None else cold
-        limits = np.array([[v.limit] * DRAFTERS for v in views], dtype=np.int64).reshape(len(views), DRAFTERS)
+        room = self.k_max if self._ahead.room is None else self._ahead.room
+        limits = np.array([[min(v.limit, room)] * DRAFTERS for v in views], np.int64).reshape(len(views), DRAFTERS)
         limits[[not self.neural or v.request_id in cold for v in views], NEURAL] = 0
         limits[:, MODEL] *= self.model
         return limits

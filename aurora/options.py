@@ -43,6 +43,8 @@ OPTIONS = (
     Option("--no-speculation", "speculation.enabled", "decode plainly", constant=False),
     Option("--fixed-k", "speculation.fixed_k", "draft N tokens for every request instead of choosing", int, "N"),
     Option("--k-max", "speculation.k_max", "longest draft", int, "N"),
+    Option("--objective", "speculation.objective", "what drafts are for", choices=("goodput", "latency", "slo")),
+    Option("--token-deadline-ms", "speculation.token_deadline_ms", "time a token may take (slo)", float, "MS"),
     Option("--drafters", "speculation.drafters", "what may draft, of eagle3, ngram, model", _names, "NAME,NAME"),
     Option("--no-learning", "trainer.enabled", "serve without a trainer", constant=False),
     Option("--drafter", "speculation.drafter", "drafter to start from; default: made from the target", Path, "DIR"),

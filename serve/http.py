@@ -4,7 +4,7 @@ import socket
 from pathlib import Path
 
 from aurora.config import AuroraConfig, UserError
-from serve import labels
+from serve import request_options
 from serve.engine import RunningEngine
 
 _DRAIN_S = 30  # open requests may take this long after a stop
@@ -49,7 +49,7 @@ async def serve_http(engine: RunningEngine, config: AuroraConfig, sock: socket.s
     args.host, args.port = config.server.host, sock.getsockname()[1]
     tasks = await engine.client.get_supported_tasks()
     app = build_app(args, tasks, engine.client.model_config)
-    labels.install(app)
+    request_options.install(app)
     await init_app_state(engine.client, app.state, args, tasks)
     settings = uvicorn.Config(
         app,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from aurora.config import SpeculationConfig
-from aurora.controller import Draft, Offer, Plan, RequestView, SpeculationController
+from aurora.controller import UNKNOWN, Ahead, Draft, Offer, Plan, RequestView, SpeculationController
 from aurora.goodput import MODEL, NEURAL, TABLE
 from drafters.ngram import NO_PROPOSAL, Proposal, Tokens
 from drafters.served_text import ServedText
@@ -44,6 +44,7 @@ class Portfolio:
         self.controller = SpeculationController(
             k_max=k_max,
             fixed_k=config.fixed_k,
+            objective=config.objective,
             exploration=config.exploration,
             neural="eagle3" in config.drafters,
             model="model" in config.drafters,
@@ -77,9 +78,9 @@ class Portfolio:
         """The domain of a followed request."""
         return self._domain_of[request_id]
 
-    def plan(self, batch: list[RequestView]) -> Plan:
+    def plan(self, batch: list[RequestView], ahead: Ahead = UNKNOWN) -> Plan:
         """What the neural drafter does at the end of the step that is about to run."""
-        self._plan = self.controller.plan(batch)
+        self._plan = self.controller.plan(batch, ahead)
         return self._plan
 
     @property
@@ -129,6 +130,7 @@ class Portfolio:
         neural: Mapping[str, list[int]],
         limits: Mapping[str, int],
         model: Mapping[str, list[int]] | None = None,
+        ahead: Ahead = UNKNOWN,
     ) -> Mapping[str, Drafts]:
         """Choose among the drafts of the requests that emitted a token and go on.
 
@@ -139,7 +141,7 @@ class Portfolio:
         warm = {r: [] if self.controller.is_cold(r) else tokens for r, tokens in neural.items()}
         table = {r: self._propose(r) for r in neural}
         offers = {r: Offer(limits[r], len(tokens), table[r].basis, len(drafted[r])) for r, tokens in warm.items()}
-        chosen = self.controller.settle(self._plan, offers)
+        chosen = self.controller.settle(self._plan, offers, ahead)
         self._drafts = {r: Drafts(warm[r], table[r], draft, drafted[r]) for r, draft in chosen.items()}
         return self._drafts
 

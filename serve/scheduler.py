@@ -10,15 +10,17 @@ that vLLM sends between the two anyway.
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from aurora.config import SpeculationConfig
-from aurora.controller import Plan, RequestView
+from aurora.controller import Ahead, Plan, RequestView
 from aurora.goodput import MODEL
 from aurora.step_time import StepWork
 from serve.portfolio import Drafts, Portfolio
+from serve.request_options import RequestOptions
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -76,15 +78,20 @@ class AuroraScheduler(Scheduler):
         self._version: int | None = None
         self._began: dict[str, str] = {}  # as in `StepNotes`, of the step at hand
         self._model_version: int | None = None
+        self._options: dict[str, RequestOptions] = {}
+        self._token_deadline_ms = speculation.token_deadline_ms
+        self._first_token_s: dict[str, float] = {}  # when each request emitted its first
+        self._step_s = 0.0  # time of the last step
 
     def schedule(self, throttle_prefills: bool = False) -> "SchedulerOutput":
         output = super().schedule(throttle_prefills)
-        self.portfolio.finish(output.finished_req_ids)
+        self._finish(output.finished_req_ids)
         if not output.total_num_scheduled_tokens:
             return output
         self._expected = self.controller.expected_tokens
         self._begin(output.num_scheduled_tokens)
-        self._plan = self.portfolio.plan([self._view(r, output) for r in output.num_scheduled_tokens])
+        views = [self._view(r, output) for r in output.num_scheduled_tokens]
+        self._plan = self.portfolio.plan(views, self._ahead([v.request_id for v in views if v.drafting], emitting=2))
         output.num_spec_tokens_to_schedule = self._plan.cap
         self._work = self._work_of(output)
         setattr(output, NOTES, self._notes())
@@ -97,7 +104,10 @@ class AuroraScheduler(Scheduler):
             self._work = None
             for request_id, index in model_runner_output.req_id_to_index.items():
                 verified = len(scheduler_output.scheduled_spec_decode_tokens.get(request_id, ()))
-                self.portfolio.observe(request_id, verified, model_runner_output.sampled_token_ids[index])
+                emitted = model_runner_output.sampled_token_ids[index]
+                self.portfolio.observe(request_id, verified, emitted)
+                if emitted:
+                    self._first_token_s.setdefault(request_id, time.perf_counter())
         return super().update_from_output(scheduler_output, model_runner_output)
 
     def update_draft_token_ids(self, draft_token_ids: "DraftTokenIds") -> None:
@@ -119,7 +129,8 @@ class AuroraScheduler(Scheduler):
         super().update_draft_token_ids(draft_token_ids)
 
     def _settle(self, neural: dict[str, list[int]], model: dict[str, list[int]]) -> Mapping[str, Drafts]:
-        return self.portfolio.settle(neural, {r: self._limit(self.requests[r], emitting=1) for r in neural}, model)
+        limits = {r: self._limit(self.requests[r], emitting=1) for r in neural}
+        return self.portfolio.settle(neural, limits, model, self._ahead(neural, emitting=1))
 
     def _goes_on(self, request_id: str) -> bool:
         """Whether the request emitted a token in this step and needs another one."""
@@ -133,11 +144,52 @@ class AuroraScheduler(Scheduler):
             if request_id in self.portfolio:
                 continue
             request = self.requests[request_id]
-            extra = (request.sampling_params.extra_args or {}) if request.sampling_params else {}
-            label, tenant = str(extra.get("domain", "")), request.cache_salt or ""
-            domain = self.portfolio.begin(request_id, tenant, label, request.all_token_ids, request.max_tokens)
+            options = RequestOptions.of(request.sampling_params and request.sampling_params.extra_args)
+            self._options[request_id] = options
+            tenant, tokens = request.cache_salt or "", request.all_token_ids
+            domain = self.portfolio.begin(request_id, tenant, options.domain, tokens, request.max_tokens)
             if domain:
                 self._began[request_id] = domain
+
+    def _finish(self, request_ids: Iterable[str]) -> None:
+        self.portfolio.finish(request_ids)
+        for request_id in request_ids:
+            self._options.pop(request_id, None)
+            self._first_token_s.pop(request_id, None)
+
+    def _ahead(self, request_ids: Iterable[str], emitting: int) -> Ahead:
+        """What is known of the step that verifies the drafts of these requests; `emitting` as in `_limit`."""
+        decoding = sum(not request.is_prefill_chunk for request in self.running)
+        left = max(self.max_num_scheduled_tokens - decoding, 0)
+        free = self.kv_cache_manager.block_pool.get_num_free_blocks()
+        # A request's next token may need a block of its own, and its drafts, which never fill one, another.
+        room = left if free >= 2 * decoding else min(left, max(free - decoding, 0))
+        needs = {r: self._need(r, emitting) for r in request_ids} if self.controller.objective == "slo" else {}
+        return Ahead(min(self._unread_prompts(free), left), room, needs)
+
+    def _unread_prompts(self, free: int) -> int:
+        """Prompt tokens that the next step may read: of prompts half read, and of those that are next in the queue.
+
+        What of the latter stands in the prefix cache is not known yet and counts as unread.
+        """
+        unread: int = sum(r.num_tokens - r.num_computed_tokens for r in self.running if r.is_prefill_chunk)
+        fitting = free * self.block_size
+        for request in islice(self.waiting, self.max_num_running_reqs - len(self.running)):
+            fitting -= request.num_tokens
+            if fitting < 0 or unread >= self.max_num_scheduled_tokens:
+                break
+            unread += request.num_tokens
+        return unread
+
+    def _need(self, request_id: str, emitting: int) -> float:
+        """Tokens that the request must emit in the step that verifies its drafts to be on time at its end."""
+        deadline_ms = self._options[request_id].token_deadline_ms or self._token_deadline_ms
+        first = self._first_token_s.get(request_id)
+        if deadline_ms is None or first is None:
+            return 0.0
+        due = (time.perf_counter() + emitting * self._step_s - first) * 1e3 / deadline_ms
+        emitted: int = self.requests[request_id].num_output_tokens - 1 + emitting - 1  # after the first
+        return due - emitted
 
     def _view(self, request_id: str, output: "SchedulerOutput") -> RequestView:
         request = self.requests[request_id]
@@ -153,7 +205,8 @@ class AuroraScheduler(Scheduler):
     def _limit(self, request: "Request", emitting: int) -> int:
         """Longest draft that is of use; `emitting` tokens come without one: the bonus, and that of a step under way."""
         room = min(self.max_model_len - request.num_tokens, request.max_tokens - request.num_output_tokens)
-        longest: int = min(self.num_spec_tokens, room - emitting)
+        asked = self._options[request.request_id].max_speculation
+        longest: int = min(self.num_spec_tokens if asked is None else min(asked, self.num_spec_tokens), room - emitting)
         return max(0, longest)
 
     def _work_of(self, output: "SchedulerOutput") -> StepWork:
@@ -200,4 +253,5 @@ class AuroraScheduler(Scheduler):
     def _observe_time(self, work: StepWork, seconds: float) -> None:
         model = self.controller.step_time
         self._last = (model.predict(work) if model.ready else 0.0, self._expected, seconds)
+        self._step_s = seconds
         self.controller.observe_step(work, seconds)

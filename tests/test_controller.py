@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from aurora.controller import MODEL, NEURAL, TABLE, Offer, RequestView, SpeculationController
+from aurora.config import Objective
+from aurora.controller import MODEL, NEURAL, TABLE, UNKNOWN, Ahead, Offer, RequestView, SpeculationController
 from aurora.step_time import COSTS, StepTimeModel, StepWork
 from drafters.ngram import Basis
 
@@ -267,3 +268,51 @@ def test_finished_requests_leave_nothing_behind():
         controller.acceptance.rates("a")
     with pytest.raises(KeyError):
         controller.confidence.rates("a", _basis())
+
+
+def _with_table(objective: Objective = "goodput", draft_s: float = 0.012, **fields: float) -> SpeculationController:
+    """One whose requests have nothing but the table, at known costs of a step (0.02 s of them its constant)."""
+    controller = SpeculationController(K, objective=objective, neural=False)
+    costs = {"constant": 0.02, "request": 0.002, "draft": draft_s, "prefill_token": 0.001} | fields
+    controller.step_time = StepTimeModel.known(dict.fromkeys(COSTS, 0.0) | costs)
+    return controller
+
+
+def _lengths(controller: SpeculationController, bases: dict[str, Basis], ahead: Ahead = UNKNOWN) -> dict[str, int]:
+    plan = controller.plan([RequestView(name, 100, drafting=True, limit=K) for name in bases], ahead)
+    drafts = controller.settle(plan, {name: Offer(K, 0, basis) for name, basis in bases.items()}, ahead)
+    return {name: draft.length for name, draft in drafts.items()}
+
+
+def test_drafts_that_do_not_pay_alone_pay_beside_a_prompt():
+    bases = {"a": _basis(), "b": _basis()}
+    assert set(_lengths(_with_table(), bases).values()) == {0}
+    assert min(_lengths(_with_table(), bases, Ahead(prefill_tokens=200)).values()) > 0
+
+
+def test_no_more_drafts_than_there_is_room_for():
+    controller = _with_table(draft_s=0.0001)
+    bases = {"a": _basis(1), "b": _basis()}
+    assert _lengths(controller, bases) == {"a": 1, "b": K}
+    for room in range(6):
+        assert sum(_lengths(controller, bases, Ahead(room=room)).values()) == min(room, K + 1)
+        assert controller.expected_tokens <= 2 + room
+
+
+def test_who_would_be_late_gets_drafts_that_do_not_pay_for_the_batch():
+    bases = {"late": _basis(), "early": _basis()}
+    needs = {"late": 3.0, "early": -5.0}
+    assert set(_lengths(_with_table("goodput", draft_s=0.006), bases, Ahead(needs=needs)).values()) == {0}
+    assert _lengths(_with_table("slo", draft_s=0.006), bases, Ahead(needs=needs)) == {"late": 1, "early": 0}
+    assert set(
+        _lengths(_with_table("slo", draft_s=0.006), bases, Ahead(needs=dict.fromkeys(bases, -5.0))).values()
+    ) == {0}
+
+
+def test_for_latency_nobody_waits_for_anothers_drafts():
+    """One sure draft makes five requests emit more tokens a second, though four of them wait for it."""
+    sure = Basis(np.full(K, 9), np.full(K, 0.999, np.float32), np.full(K, 500.0, np.float32))
+    bases = {"sure": sure, **{f"r{i}": _basis() for i in range(4)}}
+    others = dict.fromkeys([f"r{i}" for i in range(4)], 0)
+    assert _lengths(_with_table("goodput", draft_s=0.004), bases) == {"sure": 1} | others
+    assert _lengths(_with_table("latency", draft_s=0.004), bases) == {"sure": 0} | others

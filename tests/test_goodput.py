@@ -7,7 +7,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aurora.goodput import DRAFTERS, MODEL, NEURAL, TABLE, Caps, choose, with_drafts
+from aurora.goodput import (
+    DRAFTERS,
+    LATE,
+    MODEL,
+    NEURAL,
+    TABLE,
+    Caps,
+    choose,
+    choose_latency,
+    with_drafts,
+    within,
+)
 from aurora.step_time import COSTS, StepTimeModel, StepWork
 
 
@@ -108,3 +119,55 @@ def test_no_requests_is_an_empty_choice():
         np.zeros((0, DRAFTERS, 3)), np.zeros((0, DRAFTERS), dtype=np.int64), _work(requests=0), _model([1.0] * 8)
     )
     assert choice.lengths == ()
+
+
+def _mean_time_a_token(options, gains, base, model, unread) -> float:
+    slowness = np.mean([1 / (1 + gains[i, drafter, :k].sum()) for i, (drafter, k) in enumerate(options)])
+    return slowness * _emitted(options, gains) / _goodput(options, gains, base, model, unread)
+
+
+@settings(max_examples=200, deadline=None)
+@given(_cases())
+def test_least_latency_equals_brute_force(case):
+    gains, limits, costs, unread = case
+    model, base = _model(costs), _work(requests=len(gains))
+    chosen = choose_latency(gains, limits, base, model, unread=unread)
+    picked = tuple(zip(chosen.drafters, chosen.lengths, strict=True))
+    best = min(_mean_time_a_token(options, gains, base, model, unread) for options in _every(limits))
+    assert 1 / chosen.merit == pytest.approx(best)
+    assert _mean_time_a_token(picked, gains, base, model, unread) == pytest.approx(best), "what it says is what it is"
+    assert all(k <= limits[i, drafter] for i, (drafter, k) in enumerate(picked))
+
+
+@settings(max_examples=100, deadline=None)
+@given(_cases(), st.lists(st.floats(-2, 4), min_size=3, max_size=3))
+def test_tokens_that_are_due_count_more(case, needed):
+    gains, limits, costs, unread = case
+    model, base, needs = _model(costs), _work(requests=len(gains)), np.array(needed[: len(gains)])
+
+    def merit(options) -> float:
+        tokens = [1 + gains[i, drafter, :k].sum() for i, (drafter, k) in enumerate(options)]
+        worth = sum(t + (LATE - 1) * min(t, max(need, 0)) for t, need in zip(tokens, needs, strict=True))
+        return worth * _goodput(options, gains, base, model, unread) / sum(tokens)
+
+    chosen = choose(gains, limits, base, model, unread=unread, needs=needs)
+    best = max(merit(options) for options in _every(limits))
+    assert chosen.merit == pytest.approx(best)
+    assert merit(tuple(zip(chosen.drafters, chosen.lengths, strict=True))) == pytest.approx(best)
+    assert chosen.merit >= choose(gains, limits, base, model, unread=unread).goodput
+
+
+@settings(max_examples=100, deadline=None)
+@given(_cases(), st.integers(0, 6))
+def test_where_there_is_little_room_the_best_drafts_stay(case, room):
+    gains, limits, costs, _ = case
+    limits[:, [NEURAL, MODEL]] = 0
+    model, base = _model(costs), _work(requests=len(gains))
+    chosen = choose(gains, limits, base, model, caps=[Caps(0)])
+    cut = within(chosen, gains, room)
+    assert sum(cut.lengths) == min(room, sum(chosen.lengths))
+    fitting = [options for options in _every(limits) if sum(k for _, k in options) <= room]
+    best = max(_goodput(options, gains, base, model, np.zeros(len(gains))) for options in fitting)
+    picked = tuple((TABLE, k) for k in cut.lengths)
+    assert _goodput(picked, gains, base, model, np.zeros(len(gains))) == pytest.approx(best)
+    assert cut.emitted == pytest.approx(_emitted(picked, gains))

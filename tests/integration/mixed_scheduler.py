@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from aurora.config import SpeculationConfig
-from aurora.controller import Draft, Plan, RequestView
+from aurora.controller import UNKNOWN, Ahead, Draft, Plan, RequestView
 from aurora.goodput import MODEL
 from serve.portfolio import Drafts, Portfolio
 from serve.scheduler import AuroraScheduler
@@ -15,8 +15,8 @@ from serve.scheduler import AuroraScheduler
 class MixedPortfolio(Portfolio):
     """Each request verifies all that one drafter drafted: its name decides which."""
 
-    def plan(self, batch: list[RequestView]) -> Plan:
-        plan = super().plan(batch)
+    def plan(self, batch: list[RequestView], ahead: Ahead = UNKNOWN) -> Plan:
+        plan = super().plan(batch, ahead)
         if self.controller.model:
             mine = (v.request_id for v in batch if v.drafting and self._drafter(v.request_id) == MODEL)
             self._plan = replace(plan, model_cap=self._k_max, model_for=frozenset(mine))

@@ -1,4 +1,4 @@
-"""Domain labels in `metadata`, through a real server and real HTTP bodies."""
+"""What requests ask of speculation, through a real server and real HTTP bodies."""
 
 import json
 import socket
@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serve.domains import MAX_LABEL
-from serve.labels import install, relabelled
+from serve.request_options import RequestOptions, install, with_options
 from tests.local_http import serving
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -109,6 +109,38 @@ def test_a_label_that_is_no_short_string_is_refused_in_openais_form(app: App, la
         client.chat.completions.create(model="m", messages=[], extra_body={"metadata": {"domain": label}})
 
 
+def test_numbers_of_the_extra_body_go_there_too(app: App):
+    client = openai.OpenAI(base_url=f"{app.url}/v1", api_key="none")
+    said = [{"role": "user", "content": "hello"}]
+    asked = {"max_speculation": 0, "token_deadline_ms": 37.5}
+    client.chat.completions.create(model="m", messages=said, extra_body=asked, metadata={"domain": "sql"})
+    assert app.sent["vllm_xargs"] == asked | {"domain": "sql"}
+    assert not app.sent.keys() & asked.keys()
+    assert RequestOptions.of(app.sent["vllm_xargs"]) == RequestOptions("sql", 0, 37.5)
+    client.chat.completions.create(model="m", messages=said, extra_body={"vllm_xargs": asked | {"other": "x"}})
+    assert RequestOptions.of(app.sent["vllm_xargs"]) == RequestOptions("", 0, 37.5)
+    assert RequestOptions.of(None) == RequestOptions()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "remedy"),
+    [
+        *(("max_speculation", value, "must be a whole number of drafts") for value in (-1, 1.5, "2", True, [3])),
+        *(("token_deadline_ms", value, "must be a number of milliseconds above 0") for value in (0, -3, "9", True)),
+        ("token_deadline_ms", float("inf"), "must be a number of milliseconds above 0"),
+    ],
+)
+@pytest.mark.parametrize("inside", [False, True])
+def test_numbers_that_make_no_sense_are_refused(app: App, name: str, value: object, remedy: str, inside: bool):
+    asked = {name: value}
+    body = json.dumps({"vllm_xargs": asked} if inside else asked).encode()
+    answer = httpx.post(app.url + CHAT, content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["param"] == (f"vllm_xargs.{name}" if inside else name)
+    assert error["message"].startswith(f"{error['param']} {json.dumps(value)}: {remedy}")
+
+
 def test_the_longest_label_passes(app: App):
     assert _post(app, {"metadata": {"domain": "x" * MAX_LABEL}}).status_code == 200
 
@@ -124,11 +156,13 @@ def test_the_longest_label_passes(app: App):
         b'{"metadata": {"user": 1}}',
         b'{"vllm_xargs": 3, "metadata": {"domain": "sql"}}',
         b'{ "messages" : [] }',
+        b'{"max_speculation": null, "token_deadline_ms":null}',
+        b'{"vllm_xargs": {"max_speculation": 3 }}',
         b"[" * 100_000 + b'"metadata"',
         b"",
     ],
 )
-def test_bodies_without_a_label_pass_byte_for_byte(app: App, body: bytes):
+def test_bodies_with_nothing_to_move_pass_byte_for_byte(app: App, body: bytes):
     httpx.post(app.url + CHAT, content=body, headers={"content-type": "application/json"})
     assert app.bodies[-1] == body
 
@@ -170,6 +204,7 @@ _JSON = st.recursive(
 
 
 @given(st.dictionaries(st.text(), _JSON), st.text(max_size=MAX_LABEL))
-def test_nothing_but_the_label_changes(request_: dict, label: str):
-    request = {k: v for k, v in request_.items() if k != "vllm_xargs"} | {"metadata": {"domain": label}}
-    assert json.loads(relabelled(json.dumps(request).encode())) == request | {"vllm_xargs": {"domain": label}}
+def test_nothing_but_the_options_changes(request_: dict, label: str):
+    moved = ("vllm_xargs", "max_speculation", "token_deadline_ms")
+    request = {k: v for k, v in request_.items() if k not in moved} | {"metadata": {"domain": label}}
+    assert json.loads(with_options(json.dumps(request).encode())) == request | {"vllm_xargs": {"domain": label}}

@@ -1,0 +1,184 @@
+"""What a request may ask of speculation, as OpenAI's clients send it: `metadata: {"domain": "sql"}`, and in the extra
+body `max_speculation: 2` (longest draft) and `token_deadline_ms: 50` (time between its tokens, objective slo).
+
+vLLM hands `vllm_xargs` to the scheduler and drops what it does not know, so that this ASGI middleware moves the three
+into it before vLLM reads the request. In `vllm_xargs` they may stand from the start.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from serve.domains import MAX_LABEL
+
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+_ROUTES = ("/v1/chat/completions", "/v1/completions")
+_SHOWN = 80  # characters of a wrong value
+
+
+class BadOption(ValueError):
+    """A value that cannot be used; the message names it and the remedy."""
+
+    def __init__(self, name: str, value: object, remedy: str) -> None:
+        super().__init__(f"{name} {json.dumps(value)[:_SHOWN]}: {remedy}")
+        self.name = name
+
+
+@dataclass(frozen=True)
+class RequestOptions:
+    """What one request asks of speculation."""
+
+    domain: str = ""
+    max_speculation: int | None = None  # longest draft
+    token_deadline_ms: float | None = None  # between its tokens
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any] | None) -> "RequestOptions":
+        """From a request's `vllm_xargs`, which the middleware has seen."""
+        known = {name: value for name, value in (arguments or {}).items() if name in _CHECKS}
+        return cls(**known)
+
+
+class RequestOptionsMiddleware:
+    """Reads the bodies of requests that carry JSON to chat completions and completions; all else passes untouched.
+
+    Bodies are held whole, as vLLM holds them. One that has none of the options is handed on byte for byte, and so is
+    one that is no JSON object, which vLLM refuses in its own words. An option that makes no sense is answered with
+    status 400. The answer's way back is never touched.
+    """
+
+    def __init__(self, app: "ASGIApp") -> None:
+        self._app = app
+
+    async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
+        if not _concerned(scope):
+            await self._app(scope, receive, send)
+            return
+        body, left = await _read(receive)
+        if left is not None:
+            await self._app(scope, _Replay(body, left, receive), send)
+            return
+        try:
+            body = with_options(body)
+        except BadOption as error:
+            await _refuse(send, error)
+            return
+        await self._app(_sized(scope, len(body)), _Replay(body, None, receive), send)
+
+
+def install(app: "Starlette") -> None:
+    """Add it to an application that does not serve yet, innermost: a body is read once the API key was checked."""
+    from starlette.middleware import Middleware
+
+    app.user_middleware.append(Middleware(RequestOptionsMiddleware))
+
+
+def with_options(body: bytes) -> bytes:
+    """The request's body with its options where vLLM hands them on. Raises BadOption."""
+    if not any(word in body for word in _WORDS):
+        return body
+    try:
+        request = json.loads(body)
+    except (ValueError, RecursionError):
+        return body
+    if not isinstance(request, dict):
+        return body
+    arguments = {} if request.get("vllm_xargs") is None else request["vllm_xargs"]
+    if not isinstance(arguments, dict):
+        return body
+    for name in _CHECKS.keys() & arguments.keys():
+        _CHECKS[name](f"vllm_xargs.{name}", arguments[name])
+    asked = _asked(request)
+    if not asked:
+        return body
+    kept = {name: value for name, value in request.items() if name not in asked}
+    return json.dumps(kept | {"vllm_xargs": arguments | asked}).encode()
+
+
+def _asked(request: dict[str, Any]) -> dict[str, Any]:
+    """The options that stand outside `vllm_xargs`, checked. Raises BadOption."""
+    asked = {name: request[name] for name in _NUMBERS if request.get(name) is not None}
+    for name, value in asked.items():
+        _CHECKS[name](name, value)
+    metadata = request.get("metadata")
+    if isinstance(metadata, dict) and metadata.get("domain") is not None:
+        _check_domain("metadata.domain", metadata["domain"])
+        asked["domain"] = metadata["domain"]
+    return asked
+
+
+def _check_domain(name: str, label: object) -> None:
+    if not isinstance(label, str) or len(label) > MAX_LABEL:
+        remedy = f'must be a string of at most {MAX_LABEL} characters, for example "sql"; shorten it or leave it out'
+        raise BadOption(name, label, remedy)
+
+
+def _check_max_speculation(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise BadOption(name, value, "must be a whole number of drafts, 0 for none; leave it out for no bound")
+
+
+def _check_token_deadline(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise BadOption(name, value, "must be a number of milliseconds above 0, for example 50; or leave it out")
+
+
+_CHECKS: dict[str, Callable[[str, object], None]] = {
+    "domain": _check_domain,
+    "max_speculation": _check_max_speculation,
+    "token_deadline_ms": _check_token_deadline,
+}
+_NUMBERS = ("max_speculation", "token_deadline_ms")
+_WORDS = (b'"metadata"', b'"vllm_xargs"', *(f'"{name}"'.encode() for name in _NUMBERS))
+
+
+def _concerned(scope: "Scope") -> bool:
+    if scope["type"] != "http" or scope["method"] != "POST":
+        return False
+    path: str = scope["path"]
+    kind = dict(scope["headers"]).get(b"content-type", b"").split(b";")[0].strip().lower()
+    return path.removeprefix(scope.get("root_path", "")) in _ROUTES and kind == b"application/json"
+
+
+async def _read(receive: "Receive") -> "tuple[bytes, Message | None]":
+    """The whole body, and None; what came of it and the message that ended it if the client left before."""
+    chunks: list[bytes] = []
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":
+            return b"".join(chunks), message
+        chunks.append(message.get("body", b""))
+        if not message.get("more_body", False):
+            return b"".join(chunks), None
+
+
+class _Replay:
+    """Gives a body that was read already once more, then whatever else comes."""
+
+    def __init__(self, body: bytes, left: "Message | None", receive: "Receive") -> None:
+        self._first: list[Message] = [{"type": "http.request", "body": body, "more_body": left is not None}]
+        if left is not None:
+            self._first.append(left)
+        self._receive = receive
+
+    async def __call__(self) -> "Message":
+        return self._first.pop(0) if self._first else await self._receive()
+
+
+def _sized(scope: "Scope", length: int) -> "Scope":
+    """The scope of the same request with a body of `length` bytes."""
+    kept = [(k, v) for k, v in scope["headers"] if k not in (b"content-length", b"transfer-encoding")]
+    return {**scope, "headers": [*kept, (b"content-length", str(length).encode())]}
+
+
+async def _refuse(send: "Send", bad: BadOption) -> None:
+    error: dict[str, Any] = {"message": str(bad), "type": "BadRequestError", "param": bad.name, "code": 400}
+    body = json.dumps({"error": error}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": 400, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
