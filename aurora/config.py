@@ -85,6 +85,7 @@ class SpeculationConfig(_Branch):
     draft_vocab: int = Field(8192, ge=256, description="tokens that the drafter can propose")
     draft_layers: int = Field(2, ge=1, description="layers of the draft model, taken from the target at first")
     sample_drafts: Literal["greedy", "probabilistic"] = "greedy"
+    calibrate: bool = Field(True, description="measure step costs at the first start with a model, machine and flags")
     exploration: float = Field(0.01, ge=0, le=0.5, description="share of the engine's steps lost to exploring")
 
     @model_validator(mode="after")

@@ -96,15 +96,16 @@ class StepTimeModel:
 
     @classmethod
     def known(cls, costs: Mapping[str, float]) -> "StepTimeModel":
-        """A model with given costs, in seconds by the names of COSTS; MODEL_COSTS may be left out and are then 0.
+        """A model with given costs, in seconds by the names of COSTS; MODEL_COSTS may be left out and are then guessed.
 
         Raises ValueError naming another one that is missing.
         """
         missing = [name for name in COSTS if name not in costs and name not in MODEL_COSTS]
         if missing:
             raise ValueError(f"no cost of {missing[0]}; there must be {', '.join(COSTS)}")
-        known = np.array([costs.get(name, 0.0) for name in COSTS], dtype=np.float64)
-        return cls(_costs=known, _model_seen=any(name in costs for name in MODEL_COSTS))
+        guesses = dict(zip(COSTS, (_PRIOR_SHARES * costs["constant"]).tolist(), strict=True))
+        known = np.array([costs.get(name, guesses[name]) for name in COSTS], dtype=np.float64)
+        return cls(_costs=known, _seen=_SETTLED, _model_seen=any(name in costs for name in MODEL_COSTS))
 
     @property
     def ready(self) -> bool:

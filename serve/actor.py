@@ -14,6 +14,7 @@ from aurora.config import AuroraConfig
 from aurora.guard import VersionGuard
 from aurora.store import DrafterStore
 from aurora.trace_log import TraceLog
+from serve.calibration import calibrate
 from serve.engine import RunningEngine, install_seams, start_engine
 from serve.exporter import PrometheusExporter
 from serve.feedback import Ingest, Report, TraceForwarder, TrainerUnavailable, collect_forever, swap_forever
@@ -78,6 +79,8 @@ class Server:
         if engine.drafter is None:
             return []
         await install_seams(engine, self.config)
+        if engine.uncalibrated is not None:
+            await calibrate(engine, engine.uncalibrated)
         exporter = PrometheusExporter(REGISTRY)
         ingest = _ingest_into(self.trainer) if self.trainer is not None else None
         forwarder = TraceForwarder(ingest, exporter, _trace_log(self.config))

@@ -11,6 +11,7 @@ from aurora.config import AuroraConfig, UserError
 from aurora.environment import available_memory, kv_cache_bytes
 from aurora.store import DrafterStore, DrafterVersion
 from drafters import TargetWeights, ensure_draft_model, ensure_drafter
+from serve.calibration import costs_file, known_costs
 from serve.plugin import ENGINE_ENV
 
 _SCHEDULER = "serve.scheduler.AuroraScheduler"
@@ -25,6 +26,7 @@ class RunningEngine:
     args: Namespace  # vLLM's serve arguments
     drafter: DrafterVersion | None  # None without speculation
     draft_model: DrafterVersion | None = None  # None where no draft model drafts
+    uncalibrated: Path | None = None  # where its step costs belong, if they are not known yet
 
 
 def parse_vllm_args(model: str, flags: tuple[str, ...]) -> Namespace:
@@ -55,8 +57,11 @@ def start_engine(config: AuroraConfig, model_dir: Path) -> RunningEngine:
     _set_defaults(args, config.vllm_args)
     drafter = _first_drafter(config, model_dir) if config.speculation.enabled else None
     draft_model = _first_draft_model(config, model_dir)
+    uncalibrated = None
     if drafter is not None:
-        _speculate(args, config, drafter)
+        costs = costs_file(config, model_dir, drafter)
+        uncalibrated = costs if _wants_calibration(config) and known_costs(costs) is None else None
+        _speculate(args, config, drafter, costs)
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -71,7 +76,7 @@ def start_engine(config: AuroraConfig, model_dir: Path) -> RunningEngine:
         raise
     except (ValueError, RuntimeError, OSError) as error:
         raise UserError(f"the engine did not start: {_cause(error)}") from error
-    return RunningEngine(client, args, drafter, draft_model)
+    return RunningEngine(client, args, drafter, draft_model, uncalibrated)
 
 
 async def install_seams(engine: RunningEngine, config: AuroraConfig) -> None:
@@ -133,7 +138,11 @@ def _set_defaults(args: Namespace, flags: tuple[str, ...]) -> None:
     args.enable_log_requests = False
 
 
-def _speculate(args: Namespace, config: AuroraConfig, drafter: DrafterVersion) -> None:
+def _wants_calibration(config: AuroraConfig) -> bool:
+    return config.speculation.calibrate and config.speculation.fixed_k is None
+
+
+def _speculate(args: Namespace, config: AuroraConfig, drafter: DrafterVersion, costs: Path) -> None:
     speculation = config.speculation
     args.scheduler_cls = _SCHEDULER
     args.worker_extension_cls = _WORKER_EXTENSION
@@ -150,6 +159,7 @@ def _speculate(args: Namespace, config: AuroraConfig, drafter: DrafterVersion) -
     args.additional_config = {
         **(args.additional_config or {}),
         "aurora": speculation.model_dump(mode="json"),
+        "aurora_step_costs": str(costs),
     }
 
 

@@ -76,6 +76,7 @@ def install(app: "Starlette") -> None:
     from starlette.middleware import Middleware
 
     app.user_middleware.append(Middleware(RequestOptionsMiddleware))
+    app.middleware_stack = None  # vLLM's is built already; the next request builds it anew
 
 
 def with_options(body: bytes) -> bytes:

@@ -8,9 +8,10 @@ that vLLM sends between the two anyway.
 """
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -19,7 +20,8 @@ from aurora.config import SpeculationConfig
 from aurora.controller import Ahead, Plan, RequestView
 from aurora.goodput import MODEL
 from aurora.step_time import StepWork
-from serve.portfolio import Drafts, Portfolio
+from serve.calibration import Drill, is_calibration, known_costs
+from serve.portfolio import Portfolio
 from serve.request_options import RequestOptions
 
 if TYPE_CHECKING:
@@ -70,6 +72,10 @@ class AuroraScheduler(Scheduler):
         speculation = SpeculationConfig.model_validate(self.vllm_config.additional_config["aurora"])
         self.portfolio = Portfolio(speculation, self.num_spec_tokens)
         self.controller = self.portfolio.controller
+        costs = self.vllm_config.additional_config.get("aurora_step_costs")
+        self.controller.step_time = (costs and known_costs(Path(costs))) or self.controller.step_time
+        self._drill = Drill(self.num_spec_tokens, neural=self.controller.neural)
+        self._drilling = False  # whether the step at hand calibrates
         self._plan = Plan(0, skip_drafter=False)
         self._work: StepWork | None = None
         self._started_s = 0.0
@@ -90,8 +96,8 @@ class AuroraScheduler(Scheduler):
             return output
         self._expected = self.controller.expected_tokens
         self._begin(output.num_scheduled_tokens)
-        views = [self._view(r, output) for r in output.num_scheduled_tokens]
-        self._plan = self.portfolio.plan(views, self._ahead([v.request_id for v in views if v.drafting], emitting=2))
+        self._drilling = any(map(is_calibration, output.num_scheduled_tokens))
+        self._plan = self._drill.plan() if self._drilling else self._plan_for(output)
         output.num_spec_tokens_to_schedule = self._plan.cap
         self._work = self._work_of(output)
         setattr(output, NOTES, self._notes())
@@ -124,13 +130,20 @@ class AuroraScheduler(Scheduler):
         pairs = zip(draft_token_ids.req_ids, draft_token_ids.draft_token_ids, strict=True)
         neural = {r: tokens if real else [] for r, tokens in pairs if self._goes_on(r)}
         drafts = self._settle(neural, notes.model if notes is not None else {})
-        for i, request_id in enumerate(draft_token_ids.req_ids):
-            draft_token_ids.draft_token_ids[i] = drafts[request_id].tokens if request_id in drafts else []
+        draft_token_ids.draft_token_ids[:] = [drafts.get(r, []) for r in draft_token_ids.req_ids]
         super().update_draft_token_ids(draft_token_ids)
 
-    def _settle(self, neural: dict[str, list[int]], model: dict[str, list[int]]) -> Mapping[str, Drafts]:
+    def _plan_for(self, output: "SchedulerOutput") -> Plan:
+        views = [self._view(r, output) for r in output.num_scheduled_tokens]
+        return self.portfolio.plan(views, self._ahead([v.request_id for v in views if v.drafting], emitting=2))
+
+    def _settle(self, neural: dict[str, list[int]], model: dict[str, list[int]]) -> dict[str, list[int]]:
+        """Tokens to verify of each request."""
         limits = {r: self._limit(self.requests[r], emitting=1) for r in neural}
-        return self.portfolio.settle(neural, limits, model, self._ahead(neural, emitting=1))
+        if self._drilling:
+            return self._drill.settle(limits)
+        settled = self.portfolio.settle(neural, limits, model, self._ahead(neural, emitting=1))
+        return {r: drafts.tokens for r, drafts in settled.items()}
 
     def _goes_on(self, request_id: str) -> bool:
         """Whether the request emitted a token in this step and needs another one."""
@@ -141,7 +154,7 @@ class AuroraScheduler(Scheduler):
         """Let the portfolio follow the requests that are new in this step."""
         self._began = {}
         for request_id in request_ids:
-            if request_id in self.portfolio:
+            if request_id in self.portfolio or is_calibration(request_id):
                 continue
             request = self.requests[request_id]
             options = RequestOptions.of(request.sampling_params and request.sampling_params.extra_args)
@@ -152,7 +165,7 @@ class AuroraScheduler(Scheduler):
                 self._began[request_id] = domain
 
     def _finish(self, request_ids: Iterable[str]) -> None:
-        self.portfolio.finish(request_ids)
+        self.portfolio.finish([r for r in request_ids if r in self.portfolio])
         for request_id in request_ids:
             self._options.pop(request_id, None)
             self._first_token_s.pop(request_id, None)
@@ -205,7 +218,7 @@ class AuroraScheduler(Scheduler):
     def _limit(self, request: "Request", emitting: int) -> int:
         """Longest draft that is of use; `emitting` tokens come without one: the bonus, and that of a step under way."""
         room = min(self.max_model_len - request.num_tokens, request.max_tokens - request.num_output_tokens)
-        asked = self._options[request.request_id].max_speculation
+        asked = self._options.get(request.request_id, RequestOptions()).max_speculation
         longest: int = min(self.num_spec_tokens if asked is None else min(asked, self.num_spec_tokens), room - emitting)
         return max(0, longest)
 
@@ -235,7 +248,7 @@ class AuroraScheduler(Scheduler):
         self._last = (0.0, 0.0, 0.0)
         return StepNotes(
             skip_drafter=self._plan.skip_drafter,
-            one_hot=self.portfolio.one_hot,
+            one_hot=self._drill.one_hot if self._drilling else self.portfolio.one_hot,
             model_cap=self._plan.model_cap,
             model_for=self._plan.model_for,
             predicted_s=seconds,

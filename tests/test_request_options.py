@@ -26,6 +26,7 @@ class App:
         self.app = FastAPI()
         for path in (CHAT, TEXT, "/v1/embeddings", "/v1/stream"):
             self.app.post(path)(self._echo)
+        self.app.middleware_stack = self.app.build_middleware_stack()  # vLLM hands its application over like this
         install(self.app)
         self.bodies: list[bytes] = []
         self.url = ""

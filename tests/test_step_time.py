@@ -46,7 +46,7 @@ def test_costs_of_a_draft_model_are_told_once_one_ran():
     assert model.reading == pytest.approx(model.costs["model_read_token"])
     older = StepTimeModel.known(dict.fromkeys(set(COSTS) - set(MODEL_COSTS), 0.1))
     assert set(older.costs) == set(COSTS) - set(MODEL_COSTS)
-    assert older.reading == 0.0
+    assert older.reading > 0, "it is guessed"
 
 
 def test_one_stalled_step_does_not_spoil_the_model():

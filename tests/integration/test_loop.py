@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import time
+import urllib.error
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 from aurora.store import DrafterStore
 from aurora.traffic import TrafficOptions, run
 from tests.integration.process import ServedModel, random_prompts
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.engine
 
@@ -118,3 +121,21 @@ def test_requests_of_every_kind_work_under_speculation(learning: ServedModel) ->
     ]
     for fields in variants:
         assert learning.complete("some text", **fields)["choices"]
+
+
+def test_requests_bound_their_drafts_and_wrong_bounds_are_refused(learning: ServedModel) -> None:
+    prompt, tokens = [7, 8, 9] * 12, 64
+
+    def drafted(**fields: object) -> float:
+        time.sleep(1)  # several capture intervals: everything before is counted
+        before, emitted = (learning.metric(f"aurora_{name}_tokens_total") for name in ("drafted", "emitted"))
+        learning.complete(prompt, max_tokens=tokens, **fields)
+        wait_until(lambda: learning.metric("aurora_emitted_tokens_total") >= emitted + tokens, 30, "tokens are counted")
+        return learning.metric("aurora_drafted_tokens_total") - before
+
+    drafted()
+    assert drafted() > 0, "the table knows the answer by now"
+    assert drafted(max_speculation=0) == 0
+    for wrong in ({"max_speculation": -1}, {"vllm_xargs": {"max_speculation": 1.5}}, {"metadata": {"domain": 7}}):
+        with pytest.raises(urllib.error.HTTPError, match="400"):
+            learning.complete(prompt, **wrong)
