@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from aurora.speculation_rules import Rule, Slots, choose_lengths, learn
+from aurora.speculation_rules import AHEAD, Rule, Slots, choose_lengths, learn
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -78,6 +78,7 @@ def advance(state: State, load: Load, engine: Engine, rule: Rule, steps: int) ->
         if count[RUNNING] == 0 and count[AGAIN] == 0 and not engine.at_once:
             state.clock[NOW] = max(state.clock[NOW], load.arrival[count[ARRIVED]])
         _describe(state, load, rule)
+        rule.memory[AHEAD] = _prompts_ahead(state, load, engine)
         work = choose_lengths(state.slots, state.order[: count[RUNNING]], rule)
         prefill = _schedule(state, load, engine)
         state.clock[NOW] += _seconds(state, rule, work, prefill)
@@ -127,6 +128,31 @@ def _schedule(state: State, load: Load, engine: Engine) -> int:
 
 
 @njit(cache=True)
+def _prompts_ahead(state: State, load: Load, engine: Engine) -> int:
+    """Prompt tokens that the step will read if nobody drafts: of prompts half read, and of the next that wait."""
+    count = state.counts
+    running = state.order[: count[RUNNING]]
+    unread = state.slots.to_read[running]
+    left = engine.token_budget - (unread == 0).sum()
+    tokens, room = unread.sum(), engine.kv_tokens - count[KV] - unread.sum()
+    places, request = engine.max_seqs - count[RUNNING], count[ARRIVED]
+    while places > 0 and tokens < left and request < len(load.arrival) and _has_come(state, load, engine, request):
+        room -= load.prompt[request]
+        if room < 0:
+            break
+        tokens += load.prompt[request]
+        places, request = places - 1, request + 1
+    return int(max(min(tokens, left), 0))
+
+
+@njit(cache=True)
+def _has_come(state: State, load: Load, engine: Engine, request: int) -> bool:
+    if engine.at_once:
+        return bool(request - state.counts[FINISHED] < engine.at_once)
+    return bool(load.arrival[request] <= state.clock[NOW])
+
+
+@njit(cache=True)
 def _next_waiting(state: State, load: Load, engine: Engine) -> int:
     """The request that is admitted next, -1 when none waits."""
     count = state.counts
@@ -134,9 +160,7 @@ def _next_waiting(state: State, load: Load, engine: Engine) -> int:
         return int(state.again[count[AGAIN] - 1])
     if count[ARRIVED] == len(load.arrival):
         return -1
-    if engine.at_once:
-        return int(count[ARRIVED]) if count[ARRIVED] - count[FINISHED] < engine.at_once else -1
-    return int(count[ARRIVED]) if load.arrival[count[ARRIVED]] <= state.clock[NOW] else -1
+    return int(count[ARRIVED]) if _has_come(state, load, engine, count[ARRIVED]) else -1
 
 
 @njit(cache=True)

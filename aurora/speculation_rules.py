@@ -17,7 +17,8 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 FIXED, SMARTSPEC, GOODPUT, ORACLE = range(4)
-CREDIT, EXPLORING, RATE, RAN = range(4)  # places in Rule.memory; RAN: the neural drafter ran in this step
+# Places in Rule.memory. RAN: the neural drafter ran in this step; AHEAD: prompt tokens that the step will read.
+CREDIT, EXPLORING, RATE, RAN, AHEAD = range(5)
 _SMARTSPEC_MEMORY = 0.9  # of the acceptance rate, at each verification
 _SAME = 1e-9
 
@@ -33,7 +34,7 @@ class Rule(NamedTuple):
     exploration: float  # share of the steps
     right: npt.NDArray[np.uint8]  # [places] drafts that are right
     expected: npt.NDArray[np.float32]  # [places, k_max] acceptances expected where drafts come without passes
-    memory: Floats  # [4]
+    memory: Floats  # [5]
     hits: Floats  # [k_max] of all requests
     trials: Floats  # [k_max]
 
@@ -61,7 +62,7 @@ class Slots(NamedTuple):
 
 def new_memory() -> Floats:
     """What a rule remembers at first: a whole burst of exploration, and SmartSpec's rate."""
-    return np.array([BURST, 1.0, OPTIMISM, 0.0])
+    return np.array([BURST, 1.0, OPTIMISM, 0.0, 0.0])
 
 
 @njit(cache=True)
@@ -210,9 +211,16 @@ def _expected(slots: Slots, which: Ints, rule: Rule) -> Floats:
 
 @njit(cache=True)
 def _plain_seconds(slots: Slots, decoding: Ints, rule: Rule) -> float:
-    """Time of a step of these requests without drafts."""
+    """Time of a step of these requests without drafts, as far as the rule sees it."""
     context = slots.context[decoding].sum()
-    return float(rule.costs[0] + rule.costs[1] * len(decoding) + rule.costs[4] * context * 1e-3)
+    prompts = rule.costs[3] * _ahead(rule)
+    return float(rule.costs[0] + rule.costs[1] * len(decoding) + rule.costs[4] * context * 1e-3 + prompts)
+
+
+@njit(cache=True)
+def _ahead(rule: Rule) -> float:
+    """Prompt tokens that the rule counts in the step's time; SmartSpec's does not."""
+    return float(rule.memory[AHEAD]) if rule.kind in (GOODPUT, ORACLE) else 0.0
 
 
 @njit(cache=True)
@@ -220,7 +228,7 @@ def _pass_seconds(passes: int, requests: int, rule: Rule) -> float:
     """Time of the drafter's passes, drafts not counted."""
     if passes == 0:
         return 0.0
-    return float(rule.costs[5] + rule.costs[6] * requests + rule.costs[7] * (passes - 1))
+    return float(rule.costs[5] + rule.costs[6] * (requests + _ahead(rule)) + rule.costs[7] * (passes - 1))
 
 
 @njit(cache=True)
