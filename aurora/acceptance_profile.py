@@ -37,6 +37,10 @@ class AcceptanceProfile:
         reached = np.array([(self.right >= j).sum() for j in range(self.k_max + 1)], np.float64)
         return np.divide(reached[1:], reached[:-1], out=np.zeros(self.k_max), where=reached[:-1] > 0)
 
+    def up_to(self, k_max: int) -> "AcceptanceProfile":
+        """The same drafter when it drafts `k_max` tokens at most, 1 or more."""
+        return AcceptanceProfile(self.drafter, np.minimum(self.right, k_max), self.ends, self.expected[:, :k_max])
+
     def write(self, file: Path) -> None:
         from safetensors.numpy import save_file
 

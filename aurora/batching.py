@@ -17,7 +17,7 @@ from aurora.speculation_rules import AHEAD, Rule, Slots, choose_lengths, learn
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
-NOW = 0  # place in State.clock
+NOW, BUSY = range(2)  # places in State.clock
 RUNNING, ARRIVED, AGAIN, FINISHED, KV, STEPS, DRAFTED, ACCEPTED, PREEMPTED = range(9)  # places in State.counts
 
 
@@ -43,7 +43,7 @@ class Engine(NamedTuple):
 class State(NamedTuple):
     """Everything that a step changes, so that a simulation can be cut into pieces."""
 
-    clock: Floats  # [1]
+    clock: Floats  # [2] seconds: now, and spent in steps
     counts: Ints  # [9]
     order: Ints  # [max_seqs] slots in use, oldest first
     free: Ints  # [max_seqs] the others, as a stack
@@ -56,7 +56,7 @@ class State(NamedTuple):
 
 def new_state(requests: int, max_seqs: int, k_max: int) -> State:
     return State(
-        clock=np.zeros(1),
+        clock=np.zeros(2),
         counts=np.zeros(9, np.int64),
         order=np.zeros(max_seqs, np.int64),
         free=np.arange(max_seqs)[::-1].copy(),
@@ -81,7 +81,9 @@ def advance(state: State, load: Load, engine: Engine, rule: Rule, steps: int) ->
         rule.memory[AHEAD] = _prompts_ahead(state, load, engine)
         work = choose_lengths(state.slots, state.order[: count[RUNNING]], rule)
         prefill = _schedule(state, load, engine)
-        state.clock[NOW] += _seconds(state, rule, work, prefill)
+        seconds = _seconds(state, rule, work, prefill)
+        state.clock[NOW] += seconds
+        state.clock[BUSY] += seconds
         count[STEPS] += 1
         _emit(state, load, rule)
 

@@ -13,6 +13,7 @@ from aurora.options import (
     add_bench_options,
     add_config_options,
     add_curve_options,
+    add_plan_options,
     add_record_options,
     add_replay_options,
     add_simulate_options,
@@ -88,6 +89,9 @@ def _parser() -> argparse.ArgumentParser:
     simulate = commands.add_parser("simulate", help="rules for speculation over a trace", allow_abbrev=False)
     add_simulate_options(simulate)
     simulate.set_defaults(run=_simulate, passes_rest=False)
+    plan = commands.add_parser("plan", help="replicas, machines and k for a trace and a promise", allow_abbrev=False)
+    add_plan_options(plan)
+    plan.set_defaults(run=_plan, passes_rest=False)
     doctor = commands.add_parser("doctor", help="say what this machine lacks", allow_abbrev=False)
     doctor.set_defaults(run=_doctor, passes_rest=False)
     return parser
@@ -170,6 +174,12 @@ def _train(known: argparse.Namespace, _rest: list[str]) -> int:
     from aurora.train import TrainOptions, run
 
     return run(TrainOptions(**_options(known)))
+
+
+def _plan(known: argparse.Namespace, _rest: list[str]) -> int:
+    from aurora.plan import PlanOptions, run
+
+    return run(PlanOptions(**_options(known) | {"machines": tuple(known.machines)}))
 
 
 def _simulate(known: argparse.Namespace, _rest: list[str]) -> int:

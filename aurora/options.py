@@ -330,6 +330,41 @@ def add_curve_options(parser: argparse.ArgumentParser) -> None:
 def add_simulate_options(parser: argparse.ArgumentParser) -> None:
     """The flags of `aurora simulate`; names and defaults are those of `SimulateOptions`, which checks the values."""
     add = parser.add_argument
+    _add_trace_options(add)
+    add("--costs", type=Path, required=True, metavar="FILE", help="step costs: a file that `aurora bench --json` wrote")
+    add("--at-once", type=int, default=0, metavar="N", help="keep N requests open, whenever the trace has them come")
+    add("--results", type=Path, metavar="FILE", help="put rows of results there")
+    add("--experiment", default="simulate", metavar="NAME", help="of these rows (default: %(default)s)")
+    add("--cell", default="", metavar="NAME", help="of these rows; default: the trace's name")
+
+
+def add_plan_options(parser: argparse.ArgumentParser) -> None:
+    """The flags of `aurora plan`; names and defaults are those of `PlanOptions`, which checks the values."""
+    add = parser.add_argument
+    _add_trace_options(add)
+    add(
+        "--machine",
+        dest="machines",
+        action="append",
+        required=True,
+        metavar="NAME=COSTS,PRICE[,KV_TOKENS]",
+        help="a type of machine: step costs (a file that `aurora bench --json` wrote), price an hour; repeatable",
+    )
+    add("--first-token-s", type=float, metavar="S", help="promised: time to the first token")
+    add("--token-ms", type=float, metavar="MS", help="promised: time a further token, as a mean over the answer")
+    add("--attain", type=float, default=0.99, metavar="SHARE", help="of requests served so (default: %(default)s)")
+    add("--max-replicas", type=int, default=64, metavar="N", help="default: %(default)s")
+    add(
+        "--training-slowdown",
+        type=float,
+        default=0.15,
+        metavar="F",
+        help="how much longer steps take beside a trainer that never rests (default: %(default)s; 0: its own machine)",
+    )
+
+
+def _add_trace_options(add: Callable[..., object]) -> None:
+    """What `aurora simulate` and `aurora plan` have in common (`TraceOptions`)."""
     add("trace", type=Path, metavar="TRACE", help="arrivals: .jsonl or .csv with time, prompt and output tokens")
     add(
         "--profile",
@@ -338,19 +373,14 @@ def add_simulate_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="drafts: a file that `aurora replay --profile` wrote",
     )
-    add("--costs", type=Path, required=True, metavar="FILE", help="step costs: a file that `aurora bench --json` wrote")
     add("--columns", type=_names, default=(), metavar="WHAT=NAME,...", help="names of the columns time, prompt, output")
     add("--requests", type=int, metavar="N", help="the first N; a shorter trace is repeated (default: the trace)")
     add("--speed", type=float, default=1.0, metavar="F", help="requests come F times faster (default: %(default)s)")
-    add("--at-once", type=int, default=0, metavar="N", help="keep N requests open, whenever the trace has them come")
     add("--max-seqs", type=int, default=256, metavar="N", help="requests in a batch (default: %(default)s)")
     add("--token-budget", type=int, default=2048, metavar="N", help="tokens of a step (default: %(default)s)")
     add("--kv-tokens", type=int, default=1 << 20, metavar="N", help="that the KV cache holds (default: %(default)s)")
     add("--exploration", type=float, default=0.01, metavar="S", help="share of the steps (default: %(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="of who gets which answer (default: %(default)s)")
-    add("--results", type=Path, metavar="FILE", help="put rows of results there")
-    add("--experiment", default="simulate", metavar="NAME", help="of these rows (default: %(default)s)")
-    add("--cell", default="", metavar="NAME", help="of these rows; default: the trace's name")
     add("--json", dest="json_file", type=Path, metavar="FILE", help="write the numbers there too")
 
 

@@ -27,33 +27,25 @@ from aurora.step_time import COSTS, StepTimeModel
 _STEPS = 20_000  # between two looks at the progress
 
 
-@dataclass(frozen=True)
-class SimulateOptions:
-    """What to simulate; `aurora simulate` has a flag for each. Raises UserError for values that make no sense."""
+@dataclass(frozen=True, kw_only=True)
+class TraceOptions:
+    """A trace, drafts and an engine to simulate. Raises UserError for values that make no sense."""
 
     trace: Path
     profile: Path
-    costs: Path
     columns: tuple[str, ...] = ()  # time=NAME, prompt=NAME, output=NAME
     requests: int | None = None  # the first N, or the trace over and over until there are N; default: the trace
     speed: float = 1.0  # as many times faster do requests come
-    at_once: int = 0  # requests kept open instead of coming when the trace says; 0: as the trace says
     max_seqs: int = 256
     token_budget: int = 2048
     kv_tokens: int = 1 << 20
     exploration: float = 0.01
     seed: int = 0
     json_file: Path | None = None
-    results: Path | None = None  # file of rows (`aurora.results`)
-    experiment: str = "simulate"
-    cell: str = ""  # default: the trace's name
 
     def __post_init__(self) -> None:
         require_positive(self, "requests", "speed", "max_seqs", "token_budget", "kv_tokens")
         require_writable("--json", self.json_file)
-        require_writable("--results", self.results)
-        if self.at_once < 0:
-            raise UserError(f"--at-once {self.at_once}: must not be negative")
         if self.token_budget < self.max_seqs:
             raise UserError(
                 f"--token-budget {self.token_budget}: below --max-seqs {self.max_seqs}; every request needs one"
@@ -61,6 +53,29 @@ class SimulateOptions:
         bad = [c for c in self.columns if c.partition("=")[0] not in ("time", "prompt", "output")]
         if bad:
             raise UserError(f"--columns {bad[0]}: give time=NAME, prompt=NAME or output=NAME")
+
+    def read_trace(self) -> ArrivalTrace:
+        """The arrivals, repeated and sped up as asked."""
+        names = dict(column.partition("=")[::2] for column in self.columns)
+        trace = read_arrivals(self.trace, names)
+        return trace.repeated(self.requests or len(trace)).faster(self.speed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimulateOptions(TraceOptions):
+    """What to simulate; `aurora simulate` has a flag for each. Raises UserError for values that make no sense."""
+
+    costs: Path
+    at_once: int = 0  # requests kept open instead of coming when the trace says; 0: as the trace says
+    results: Path | None = None  # file of rows (`aurora.results`)
+    experiment: str = "simulate"
+    cell: str = ""  # default: the trace's name
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_writable("--results", self.results)
+        if self.at_once < 0:
+            raise UserError(f"--at-once {self.at_once}: must not be negative")
 
     @property
     def engine(self) -> batching.Engine:
@@ -89,8 +104,8 @@ def run(options: SimulateOptions) -> int:
     profile, costs = read_profile(options.profile), read_costs(options.costs)
     if options.results is not None:
         read_rows(options.results)  # one that is none must be known before the work
-    load = draw_load(_trace(options), profile, options.seed)
-    _check_room(load, options)
+    load = draw_load(options.read_trace(), profile, options.seed)
+    check_room(load, options.kv_tokens)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     found = []
     with Progress(*columns, console=Console(stderr=True)) as progress:
@@ -131,20 +146,8 @@ def rules(
     """Name and rule of everything that is compared."""
 
     def rule(kind: int, by_batch: npt.NDArray[np.int64] | None = None) -> speculation_rules.Rule:
-        known = costs.costs
-        return speculation_rules.Rule(
-            kind,
-            profile.k_max,
-            np.zeros(options.max_seqs + 1, np.int64) if by_batch is None else by_batch,
-            np.array([known[name] for name in COSTS[:8]]),
-            profile.drafter == "eagle3",
-            options.exploration,
-            profile.right,
-            profile.expected,
-            speculation_rules.new_memory(),
-            np.zeros(profile.k_max),
-            np.zeros(profile.k_max),
-        )
+        by_batch = np.zeros(options.max_seqs + 1, np.int64) if by_batch is None else by_batch
+        return new_rule(kind, profile, costs, by_batch, options.exploration)
 
     for k in range(profile.k_max + 1):
         name = f"fixed_k{k}" if k else "no_speculation"
@@ -153,6 +156,30 @@ def rules(
     yield "smartspec", rule(speculation_rules.SMARTSPEC)
     yield "goodput", rule(speculation_rules.GOODPUT)
     yield "oracle", rule(speculation_rules.ORACLE)
+
+
+def new_rule(
+    kind: int,
+    profile: AcceptanceProfile,
+    costs: StepTimeModel,
+    by_batch: npt.NDArray[np.int64],
+    exploration: float,
+) -> speculation_rules.Rule:
+    """A rule that has seen nothing yet; by_batch: lengths of FIXED, [max_seqs + 1]."""
+    known = costs.costs
+    return speculation_rules.Rule(
+        kind,
+        profile.k_max,
+        by_batch,
+        np.array([known[name] for name in COSTS[:8]]),
+        profile.drafter == "eagle3",
+        exploration,
+        profile.right,
+        profile.expected,
+        speculation_rules.new_memory(),
+        np.zeros(profile.k_max),
+        np.zeros(profile.k_max),
+    )
 
 
 def batch_table(rule: speculation_rules.Rule, profile: AcceptanceProfile, load: batching.Load) -> npt.NDArray[np.int64]:
@@ -170,18 +197,11 @@ def batch_table(rule: speculation_rules.Rule, profile: AcceptanceProfile, load: 
     return best
 
 
-def _trace(options: SimulateOptions) -> ArrivalTrace:
-    names = dict(column.partition("=")[::2] for column in options.columns)
-    trace = read_arrivals(options.trace, names)
-    return trace.repeated(options.requests or len(trace)).faster(options.speed)
-
-
-def _check_room(load: batching.Load, options: SimulateOptions) -> None:
+def check_room(load: batching.Load, kv_tokens: int) -> None:
+    """Raises UserError when a request does not fit into the KV cache."""
     longest = int((load.prompt + load.output).max())
-    if longest > options.kv_tokens:
-        raise UserError(
-            f"--kv-tokens {options.kv_tokens}: a request has {longest} tokens; give it room for at least those"
-        )
+    if longest > kv_tokens:
+        raise UserError(f"--kv-tokens {kv_tokens}: a request has {longest} tokens; give it room for at least those")
 
 
 def _summarise(policy: str, load: batching.Load, state: batching.State) -> Simulated:

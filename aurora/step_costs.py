@@ -16,11 +16,10 @@ def read_costs(file: Path, draft_model: bool = False) -> StepTimeModel:
         costs = json.loads(file.read_text())["step_costs"]
         model = StepTimeModel.known(costs)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--costs {file}: {error!r}; give a file that `aurora bench --json` wrote") from error
+        raise UserError(f"{file}: {error!r}; give a file that `aurora bench --json` wrote") from error
     missing = [name for name in MODEL_COSTS if name not in costs]
     if draft_model and missing:
         raise UserError(
-            f"--costs {file}: no cost of {missing[0]}; add it from aurora_step_cost_seconds of a server "
-            "with that drafter"
+            f"{file}: no cost of {missing[0]}; add it from aurora_step_cost_seconds of a server with that drafter"
         )
     return model
