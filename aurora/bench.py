@@ -12,7 +12,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -153,7 +153,7 @@ def run(options: BenchOptions) -> int:
         read_rows(options.results)  # one that is none must be known before the work
     signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))  # so that the servers end with us
     with tempfile.TemporaryDirectory(prefix="aurora-bench-") as scratch, ExitStack() as stack:
-        servers = {}
+        servers: dict[str, LocalServer] = {}
         for name, flags in arms(options).items():
             server = LocalServer(options.model, Path(scratch) / name.replace(" ", "-"), flags)
             stack.callback(server.stop)
@@ -163,8 +163,10 @@ def run(options: BenchOptions) -> int:
             except RuntimeError as error:
                 reason = str(error).split("aurora: error: ")[-1].strip()
                 raise UserError(f"the arm {name!r} did not start: {reason}") from error
-            servers[name] = server.url
-        result = asyncio.run(measure(servers, prompts, options))
+            server.let_train(False)
+            servers[name] = server
+        urls = {name: server.url for name, server in servers.items()}
+        result = asyncio.run(measure(urls, prompts, options, lambda name, yes: servers[name].let_train(yes)))
     _show(result)
     if options.results is not None:
         cell = options.cell or (Path(options.dataset).stem if options.dataset is not None else "own prompts")
@@ -196,8 +198,16 @@ def arms(options: BenchOptions) -> dict[str, tuple[str, ...]]:
     return chosen | {arm: (*flags[arm], *common) for arm in options.arms}
 
 
-async def measure(servers: dict[str, str], prompts: Sequence[Conversation], options: BenchOptions) -> BenchResult:
-    """Send the rounds to the servers (name -> URL). A first round warms up and is not counted."""
+async def measure(
+    servers: dict[str, str],
+    prompts: Sequence[Conversation],
+    options: BenchOptions,
+    let_train: Callable[[str, bool], None] = lambda _name, _yes: None,
+) -> BenchResult:
+    """Send the rounds to the servers (name -> URL). A first round warms up and is not counted.
+
+    let_train: is told whose trainer may compute, because on an idle server it takes all it gets.
+    """
     result = BenchResult()
     names = list(servers)
     with Progress(console=Console(stderr=True)) as progress:
@@ -207,7 +217,9 @@ async def measure(servers: dict[str, str], prompts: Sequence[Conversation], opti
                 turn = number % len(names)
                 batch = _batch(prompts, number, options.requests * concurrency)
                 for name in names[turn:] + names[:turn]:
+                    let_train(name, True)
                     speed, steps, tokens = await _send(servers[name], batch, concurrency, options)
+                    let_train(name, False)
                     if number:
                         result.measurements.append(Measurement(name, concurrency, number, speed, steps, tokens))
                     progress.advance(task)

@@ -57,6 +57,7 @@ class LocalServer:
     def stop(self) -> int:
         """SIGTERM, then SIGKILL for whatever of its processes is left; returns the exit code."""
         mine = self.processes()
+        self.let_train(True)  # one that stands still could not end
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         try:
@@ -68,6 +69,12 @@ class LocalServer:
         for process in alive:
             process.kill()
         return code
+
+    def let_train(self, yes: bool) -> None:
+        """Let its trainer go on, or make it stand still; nothing happens where there is none."""
+        for process in self.processes():
+            if process.name().startswith("ray::Trainer"):
+                process.resume() if yes else process.suspend()
 
     def processes(self) -> list[psutil.Process]:
         """Every process below it."""

@@ -105,8 +105,10 @@ def test_every_arm_gets_the_same_prompts_in_turning_order() -> None:
     ports = [s.server_address[1] for s in servers]
     urls = {name: f"http://127.0.0.1:{port}" for name, port in zip((BASELINE, "x"), ports, strict=True)}
     prompts = [Conversation((f"p{i}",)) for i in range(5)]
+    told: list[tuple[str, bool]] = []
+    options = BenchOptions(rounds=2, requests=2, concurrency=(1,))
     try:
-        result = asyncio.run(measure(urls, prompts, BenchOptions(rounds=2, requests=2, concurrency=(1,))))
+        result = asyncio.run(measure(urls, prompts, options, lambda name, yes: told.append((name, yes))))
     finally:
         for server in servers:
             server.shutdown()
@@ -115,4 +117,8 @@ def test_every_arm_gets_the_same_prompts_in_turning_order() -> None:
     assert texts[ports[0]] == texts[ports[1]] == ["p0", "p1", "p2", "p3", "p4", "p0"]
     order = [port for port, _ in _Endpoint.seen][::2]
     assert order == [ports[0], ports[1], ports[1], ports[0], ports[0], ports[1]]
+    turns = [BASELINE, "x", "x", BASELINE, BASELINE, "x"]
+    assert told == [(name, yes) for name in turns for yes in (True, False)], (
+        "only the trainer of the one asked computes"
+    )
     assert [(m.round, m.tokens) for m in result.measurements] == [(1, 14)] * 2 + [(2, 14)] * 2
