@@ -5,6 +5,7 @@ accepted observes positions 0..a-1 as hits and position a as a miss when a < k; 
 (right-censored), and so does everything when k = 0.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,28 +24,26 @@ _GATE_PRIOR = 20.0  # pseudo-observations that a new version's gate result count
 
 @dataclass
 class PositionRates:
-    """Decayed hits and trials per draft position; arrays of [..., k_max]."""
+    """Decayed hits and trials per draft position, [k_max] each: a handful, for which lists are faster than arrays."""
 
-    hits: Floats
-    trials: Floats
+    hits: list[float]
+    trials: list[float]
 
     @classmethod
     def empty(cls, k_max: int) -> "PositionRates":
-        return cls(np.zeros(k_max), np.zeros(k_max))
+        return cls([0.0] * k_max, [0.0] * k_max)
 
     def observe(self, k: int, accepted: int, memory: float) -> None:
         """Count one verification of `k` drafts of which the first `accepted` were accepted."""
-        seen = min(accepted + 1, k)
         fade = 1.0 - 1.0 / memory
-        self.hits[:seen] *= fade
-        self.trials[:seen] *= fade
-        self.hits[:accepted] += 1.0
-        self.trials[:seen] += 1.0
+        for j in range(min(accepted + 1, k)):
+            self.hits[j] = fade * self.hits[j] + (j < accepted)
+            self.trials[j] = fade * self.trials[j] + 1.0
 
     def scale(self, weight: float) -> None:
         """Keep the rates but trust them `weight` times as much."""
-        self.hits *= weight
-        self.trials *= weight
+        self.hits = [weight * hits for hits in self.hits]
+        self.trials = [weight * trials for trials in self.trials]
 
 
 @dataclass
@@ -90,13 +89,13 @@ class AcceptanceModel:
         """Conditional acceptance per position for a new request of `domain`, [k_max]."""
         rates = self._domains.get(domain) or PositionRates.empty(self.k_max)
         if self._prior is not None:
-            return _shrunk(rates, self._prior, _GATE_PRIOR)
+            return _shrunk([rates], self._prior, _GATE_PRIOR).ravel()
         return _chained(rates, OPTIMISM, SHARED_PRIOR)
 
     def rates(self, request_id: str) -> Floats:
         """Conditional acceptance per position for a followed request, [k_max]."""
         domain, own = self._requests[request_id]
-        return _shrunk(own, self.shared_rates(domain), REQUEST_PRIOR)
+        return _shrunk([own], self.shared_rates(domain), REQUEST_PRIOR).ravel()
 
     def gains(self, request_ids: list[str]) -> Floats:
         """Expected extra tokens of each further draft position: cumulative products of the rates, [requests, k_max]."""
@@ -105,13 +104,13 @@ class AcceptanceModel:
         followed = [self._requests[r] for r in request_ids]
         shared = {domain: self.shared_rates(domain) for domain in {domain for domain, _ in followed}}
         prior = np.array([shared[domain] for domain, _ in followed])
-        own = PositionRates(np.array([own.hits for _, own in followed]), np.array([own.trials for _, own in followed]))
-        return _shrunk(own, prior, REQUEST_PRIOR).cumprod(axis=1)
+        return _shrunk([own for _, own in followed], prior, REQUEST_PRIOR).cumprod(axis=1)
 
 
-def _shrunk(rates: PositionRates, prior: Floats, weight: float) -> Floats:
-    """Posterior mean of each position's rate under a Beta prior of that mean and weight."""
-    posterior: Floats = np.add(rates.hits, weight * prior) / np.add(rates.trials, weight)
+def _shrunk(rates: Sequence[PositionRates], prior: Floats, weight: float) -> Floats:
+    """Posterior mean of each position's rate under a Beta prior of that mean and weight, [rates, k_max]."""
+    hits, trials = np.array([each.hits for each in rates]), np.array([each.trials for each in rates])
+    posterior: Floats = (hits + weight * prior) / (trials + weight)
     return posterior
 
 

@@ -2,17 +2,19 @@
 
 Every arm is a whole `aurora serve`; all of them are up at once and requests go to one at a time, in an order that turns
 from round to round, so that whatever else the machine does hits all arms alike. Each round sends every arm the same
-prompts; an arm's ratio is to `--no-speculation` within the round, and the median over the rounds is what counts.
+prompts; an arm's ratio is to `--no-speculation` within the round, and the median over the rounds is what counts. With
+`--json FILE` a run that was cut off goes on where it stopped.
 """
 
 import asyncio
 import json
 import os
+import re
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -35,13 +37,15 @@ if TYPE_CHECKING:
 
 BASELINE = "no speculation"
 ARMS = {
-    "fixed": "neural drafter, the same k for all",
+    "fixed-3": "neural drafter, three drafts for all; any other number likewise",
     "vllm-ngram": "vLLM's own prompt lookup",
     "table": "n-gram table alone",
     "portfolio": "both drafters, chosen by goodput",
     "learning": "the same with a trainer beside it",
 }
 _OVER = {BASELINE: "speedup_over_no_speculation", "vllm-ngram": "speedup_over_vllm_ngram"}
+_FIXED = re.compile(r"fixed-([1-9]|1[0-6])")
+_LOOKUP_K = 3  # drafts of vLLM's prompt lookup
 _REQUEST_TIMEOUT_S = 600.0
 _COUNTER_LIMIT_S = 30.0
 _COUNTER_POLL_S = 0.1
@@ -73,8 +77,8 @@ class BenchOptions:
     rounds: int = 5
     requests: int = 4  # per arm, round and unit of concurrency
     max_tokens: int = 64
-    fixed_k: int = 3
-    arms: tuple[str, ...] = ("fixed", "vllm-ngram", "portfolio")  # keys of ARMS, beside the baseline
+    temperature: float = 0.0
+    arms: tuple[str, ...] = ("fixed-3", "vllm-ngram", "portfolio")  # keys of ARMS, beside the baseline
     json_file: Path | None = None
     results: Path | None = None  # file of rows (`aurora.results`)
     experiment: str = "live"  # name of these rows
@@ -82,10 +86,14 @@ class BenchOptions:
     vllm_args: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        require_positive(self, "concurrency", "rounds", "requests", "max_tokens", "fixed_k")
-        unknown = sorted(set(self.arms) - set(ARMS))
+        require_positive(self, "concurrency", "rounds", "requests", "max_tokens")
+        unknown = sorted(arm for arm in set(self.arms) - set(ARMS) if not _FIXED.fullmatch(arm))
         if unknown:
             raise UserError(f"--arms {unknown[0]}: no such arm; choose from {', '.join(ARMS)}")
+        if any(flag.startswith("--fixed-k") for flag in self.vllm_args):
+            raise UserError("--fixed-k: every arm would have it; name arms instead, such as --arms fixed-1,fixed-3")
+        if self.temperature < 0:
+            raise UserError(f"--temperature {self.temperature}: must not be negative")
         require_writable("--json", self.json_file)
         require_writable("--results", self.results)
 
@@ -100,6 +108,11 @@ class Measurement:
     tokens_per_s: float
     tokens_per_step: float | None  # None without speculation
     tokens: int
+    latency_s: tuple[float, ...]  # of each request
+
+    @property
+    def place(self) -> tuple[str, int, int]:
+        return self.arm, self.concurrency, self.round
 
 
 @dataclass
@@ -122,6 +135,9 @@ class BenchResult:
             for arm, speed in speeds.items():
                 policy = arm.replace(" ", "_").replace("-", "_")
                 yield Row(experiment, place, policy, "tokens_per_s", speed, speeds.get(BASELINE), command_line())
+                for share in (50, 99):
+                    plain, latency = (_percentile(mine, a, share) for a in (BASELINE, arm))
+                    yield Row(experiment, place, policy, f"latency_p{share}_s", latency, plain, command_line())
                 for over, metric in _OVER.items():
                     ratios = self.ratios(arm, concurrency, over) if arm not in (over, BASELINE) else []
                     if ratios:
@@ -140,10 +156,17 @@ class BenchResult:
                     "arm": arm,
                     "tokens_per_s": float(np.median([m.tokens_per_s for m in mine])),
                     "tokens_per_step": float(np.median(steps)) if steps else None,
+                    "latency_p50_s": _percentile(mine, arm, 50),
+                    "latency_p99_s": _percentile(mine, arm, 99),
                     "ratio": float(np.median(ratios)),
                     "ratio_min": min(ratios),
                     "ratio_max": max(ratios),
                 }
+
+
+def _percentile(measurements: Sequence[Measurement], arm: str, share: float) -> float:
+    """Of the latencies of one arm's requests over all rounds."""
+    return float(np.percentile([s for m in measurements if m.arm == arm for s in m.latency_s], share))
 
 
 def run(options: BenchOptions) -> int:
@@ -151,6 +174,7 @@ def run(options: BenchOptions) -> int:
     prompts = _prompts(options)
     if options.results is not None:
         read_rows(options.results)  # one that is none must be known before the work
+    before = measured(options)
     signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))  # so that the servers end with us
     with tempfile.TemporaryDirectory(prefix="aurora-bench-") as scratch, ExitStack() as stack:
         servers: dict[str, LocalServer] = {}
@@ -166,28 +190,68 @@ def run(options: BenchOptions) -> int:
             server.let_train(False)
             servers[name] = server
         urls = {name: server.url for name, server in servers.items()}
-        result = asyncio.run(measure(urls, prompts, options, lambda name, yes: servers[name].let_train(yes)))
+
+        def let_train(name: str, yes: bool) -> None:
+            servers[name].let_train(yes)
+
+        result = asyncio.run(measure(urls, prompts, options, let_train, before))
     _show(result)
     if options.results is not None:
         cell = options.cell or (Path(options.dataset).stem if options.dataset is not None else "own prompts")
         write_rows(options.results, result.published(options.experiment, cell))
-    if options.json_file is not None:
-        rows = {
-            "rows": list(result.rows()),
-            "rounds": [asdict(m) for m in result.measurements],
-            "step_costs": result.step_costs,
-        }
-        options.json_file.write_text(json.dumps(rows, indent=1))
+    _keep(result, options, result.rows())
     return 0
+
+
+def _identity(options: BenchOptions) -> dict[str, str]:
+    """What must be the same for a run to go on, by name."""
+    left_out = ("json_file", "results", "experiment", "cell", "rounds")
+    return {name: str(value) for name, value in asdict(options).items() if name not in left_out}
+
+
+def measured(options: BenchOptions) -> list[Measurement]:
+    """What an earlier run measured. Raises UserError when the file holds something else."""
+    file = options.json_file
+    if file is None or not file.exists():
+        return []
+    try:
+        kept = json.loads(file.read_text())
+        found = [Measurement(**each | {"latency_s": tuple(each["latency_s"])}) for each in kept["rounds"]]
+        differs = [name for name, value in _identity(options).items() if kept["options"][name] != value]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--json {file}: exists and is no bench to go on with ({error!r}); give another") from error
+    if differs:
+        flag = "--" + differs[0].replace("_", "-")
+        raise UserError(f"--json {file}: holds a bench with another {flag}; give another file, or remove it")
+    return found
+
+
+def _keep(result: BenchResult, options: BenchOptions, rows: Iterable[object] = ()) -> None:
+    """Write what was measured so far, if asked to; rows: of the table, once it is complete."""
+    file = options.json_file
+    if file is None:
+        return
+    content = {
+        "options": _identity(options),
+        "rows": list(rows),
+        "rounds": [asdict(m) for m in result.measurements],
+        "step_costs": result.step_costs,
+    }
+    staging = file.with_suffix(".part")
+    staging.write_text(json.dumps(content, indent=1))
+    staging.replace(file)
 
 
 def arms(options: BenchOptions) -> dict[str, tuple[str, ...]]:
     """Name and flags of each arm; the baseline first."""
     drafter = (f"--drafter={options.drafter.expanduser().resolve()}",) if options.drafter is not None else ()
-    k = options.fixed_k
-    lookup = {"method": "ngram", "num_speculative_tokens": k, "prompt_lookup_min": 2, "prompt_lookup_max": 4}
-    flags = {
-        "fixed": (f"--fixed-k={k}", "--drafters=eagle3", "--no-learning", *drafter),
+    lookup = {"method": "ngram", "num_speculative_tokens": _LOOKUP_K, "prompt_lookup_min": 2, "prompt_lookup_max": 4}
+    numbers = {arm: int(found[1]) for arm in options.arms if (found := _FIXED.fullmatch(arm))}
+    fixed = {
+        arm: (f"--fixed-k={k}", f"--k-max={max(k, 4)}", "--drafters=eagle3", "--no-learning", *drafter)
+        for arm, k in numbers.items()
+    }
+    flags = fixed | {
         "vllm-ngram": ("--no-speculation", f"--speculative-config={json.dumps(lookup)}"),
         "table": ("--drafters=ngram", "--no-learning", *drafter),
         "portfolio": ("--no-learning", *drafter),
@@ -203,12 +267,14 @@ async def measure(
     prompts: Sequence[Conversation],
     options: BenchOptions,
     let_train: Callable[[str, bool], None] = lambda _name, _yes: None,
+    before: Sequence[Measurement] = (),
 ) -> BenchResult:
     """Send the rounds to the servers (name -> URL). A first round warms up and is not counted.
 
-    let_train: is told whose trainer may compute, because on an idle server it takes all it gets.
+    let_train: is told whose trainer may compute, because on an idle server it takes all it gets. before: what need not
+    be measured again.
     """
-    result = BenchResult()
+    result, done = BenchResult(list(before)), {m.place for m in before}
     names = list(servers)
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("bench", total=(options.rounds + 1) * len(options.concurrency) * len(names))
@@ -217,11 +283,13 @@ async def measure(
                 turn = number % len(names)
                 batch = _batch(prompts, number, options.requests * concurrency)
                 for name in names[turn:] + names[:turn]:
-                    let_train(name, True)
-                    speed, steps, tokens = await _send(servers[name], batch, concurrency, options)
-                    let_train(name, False)
-                    if number:
-                        result.measurements.append(Measurement(name, concurrency, number, speed, steps, tokens))
+                    if (name, concurrency, number) not in done:
+                        let_train(name, True)
+                        found = await _send(servers[name], batch, concurrency, options)
+                        let_train(name, False)
+                        if number:
+                            result.measurements.append(Measurement(name, concurrency, number, *found))
+                            _keep(result, options)
                     progress.advance(task)
     for url in servers.values():
         result.step_costs = await _step_costs(url) or result.step_costs
@@ -237,15 +305,15 @@ async def _step_costs(url: str) -> dict[str, float]:
 
 async def _send(
     url: str, batch: Sequence[Conversation], concurrency: int, options: BenchOptions
-) -> tuple[float, float | None, int]:
-    """Tokens/s, tokens per decode step and tokens of one batch, `concurrency` requests at a time."""
+) -> tuple[float, float | None, int, tuple[float, ...]]:
+    """Tokens/s, tokens per decode step, tokens and latencies of one batch, `concurrency` requests at a time."""
     import openai
 
     records: list[Record] = []
     queue = iter(batch)
     async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=_api_key(), max_retries=0) as client:
         model = (await client.models.list()).data[0].id
-        fields = {"model": model, "temperature": 0.0, "max_tokens": options.max_tokens}
+        fields = {"model": model, "temperature": options.temperature, "max_tokens": options.max_tokens}
         sender = Sender(client, fields, _REQUEST_TIMEOUT_S)
 
         async def work() -> None:
@@ -262,7 +330,7 @@ async def _send(
             raise UserError(f"{url}: {len(failed)} of {len(records)} requests failed, the first with: {failed[0]}")
         tokens = sum(r.completion_tokens for r in records)
         after = await _scrape_after(client, url, before, tokens)
-    return tokens / seconds, tokens_per_step(before, after), tokens
+    return tokens / seconds, tokens_per_step(before, after), tokens, tuple(r.latency_s for r in records)
 
 
 def _api_key() -> str:
@@ -299,7 +367,8 @@ def _batch(prompts: Sequence[Conversation], number: int, size: int) -> list[Conv
 
 
 def _show(result: BenchResult) -> None:
-    table = Table("requests at once", "arm", "tokens/s", "tokens/step", "ratio to no speculation", "range")
+    heads = ("at once", "arm", "tokens/s", "tokens/step", "p50, s", "p99, s", "ratio to no speculation", "range")
+    table = Table(*heads)
     for row in result.rows():
         steps = "-" if row["tokens_per_step"] is None else f"{row['tokens_per_step']:.2f}"
         table.add_row(
@@ -307,6 +376,8 @@ def _show(result: BenchResult) -> None:
             str(row["arm"]),
             f"{row['tokens_per_s']:.1f}",
             steps,
+            f"{row['latency_p50_s']:.2f}",
+            f"{row['latency_p99_s']:.2f}",
             f"{row['ratio']:.3f}",
             f"{row['ratio_min']:.3f} - {row['ratio_max']:.3f}",
         )

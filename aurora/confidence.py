@@ -65,6 +65,8 @@ class _Record:
     domain: str
     hits: float = 0.0
     expected: float = 0.0  # hits
+    basis: DraftBasis | None = None  # that was asked for last
+    cells: list[int] = field(default_factory=list)  # of it
 
     @property
     def scale(self) -> float:
@@ -93,8 +95,9 @@ class ConfidenceModel:
     def rates(self, request_id: str, basis: DraftBasis) -> list[float]:
         """Conditional acceptance of n drafts in a row."""
         record = self._requests[request_id]
+        record.basis, record.cells = basis, _cells(basis)
         scale = record.scale
-        return [min(rate * scale, 1.0) for rate in self._cell_rates(record.domain, _cells(basis))]
+        return [min(rate * scale, 1.0) for rate in self._cell_rates(record.domain, record.cells)]
 
     def observe(self, request_id: str, basis: DraftBasis, known: int, accepted: int) -> None:
         """The target's tokens are known for the first `known` of these drafts, and the first `accepted` equal them."""
@@ -102,7 +105,7 @@ class ConfidenceModel:
         record = self._requests.get(request_id)
         if not seen or record is None:
             return
-        cells = _cells(basis)[:seen]
+        cells = (record.cells if record.basis is basis else _cells(basis))[:seen]
         record.expected += sum(self._cell_rates(record.domain, cells))
         record.hits += accepted
         for j, cell in enumerate(cells):

@@ -149,11 +149,12 @@ class SpeculationController:
         """Choose among the drafts that the requests of the planned step have now; each gets at least an empty one."""
         views = [self._views[r] for r in offers]
         self._ahead = ahead
-        gains, limits = self._gains(views), np.zeros((len(views), DRAFTERS), np.int64)
-        for i, (view, offer) in enumerate(zip(views, offers.values(), strict=True)):
-            limits[i, [NEURAL, MODEL]] = min(offer.limit, offer.neural), min(offer.limit, offer.model)
-            gains[i, TABLE] = self._worth(view, offer.table)
-            limits[i, TABLE] = min(offer.limit, len(offer.table.orders) if offer.table is not None else 0)
+        tables = [offer.table for offer in offers.values()]
+        gains = self._gains(views)
+        gains[:, TABLE] = self._worth(views, tables)
+        made = [(o.neural, len(o.table.orders) if o.table is not None else 0, o.model) for o in offers.values()]
+        most = np.array([offer.limit for offer in offers.values()], np.int64)
+        limits = np.minimum(np.array(made, np.int64).reshape(len(views), DRAFTERS), most[:, None])
         if self.fixed_k is not None:
             drafter = NEURAL if self.neural else MODEL if self.model else TABLE
             lengths = np.minimum(limits[:, drafter], self.fixed_k)
@@ -307,25 +308,33 @@ class SpeculationController:
     def _gains(self, views: list[RequestView]) -> Floats:
         """Expected extra tokens by request, drafter and position; the table's are those that it had so far."""
         names = [v.request_id for v in views]
-        table = np.array([self._curve(v) for v in views]).reshape(len(views), self.k_max)
         gains = np.zeros((len(views), DRAFTERS, self.k_max))
-        gains[:, NEURAL], gains[:, TABLE] = self.acceptance.gains(names), table
+        gains[:, NEURAL], gains[:, TABLE] = self.acceptance.gains(names), self._usual(views)
         if self.model:
             gains[:, MODEL] = self.model_acceptance.gains(names)
         return gains
 
-    def _curve(self, view: RequestView) -> Floats:
-        usual = self._curves.get(view.request_id)
-        return usual if usual is not None else self._domain_curves.get(view.domain, np.zeros(self.k_max))
+    def _usual(self, views: list[RequestView]) -> Floats:
+        """What the table's drafts were usually worth to each request, at first to its domain, [requests, k_max]."""
+        nothing = np.zeros(self.k_max)
+        unknown = {v.domain: self._domain_curves.get(v.domain, nothing) for v in views}
+        curves = [self._curves.get(v.request_id, unknown[v.domain]) for v in views]
+        return np.array(curves).reshape(len(views), self.k_max)
 
-    def _worth(self, view: RequestView, table: DraftBasis | None) -> Floats:
-        """Expected extra tokens of the table's drafts by position, [k_max]; remembered as the request's usual ones."""
-        rates = self.confidence.rates(view.request_id, table)[: self.k_max] if table is not None else []
-        worth = [*accumulate(rates, operator.mul), *[0.0] * (self.k_max - len(rates))]
-        gains = np.array(worth)
-        self._curves[view.request_id] = gains + _CURVE_MEMORY * (self._curve(view) - gains)
-        domain = self._domain_curves.get(view.domain, gains)
-        self._domain_curves[view.domain] = gains + _DOMAIN_CURVE_MEMORY * (domain - gains)
+    def _worth(self, views: list[RequestView], tables: list[DraftBasis | None]) -> Floats:
+        """Expected extra tokens of the table's drafts, [requests, k_max]; remembered as the requests' usual ones."""
+        gains = np.zeros((len(views), self.k_max))
+        for row, view, table in zip(gains, views, tables, strict=True):
+            if table is not None:
+                rates = self.confidence.rates(view.request_id, table)[: self.k_max]
+                row[: len(rates)] = list(accumulate(rates, operator.mul))
+        usual = gains + _CURVE_MEMORY * (self._usual(views) - gains)
+        self._curves.update(zip([view.request_id for view in views], usual, strict=True))
+        domains = np.array([view.domain for view in views])
+        for domain in {view.domain for view in views}:
+            mine = gains[domains == domain]
+            now, kept = mine.mean(axis=0), _DOMAIN_CURVE_MEMORY ** len(mine)
+            self._domain_curves[domain] = now + kept * (self._domain_curves.get(domain, now) - now)
         return gains
 
     def _limits(self, views: list[RequestView], cold: Set[str] | None = None) -> Ints:

@@ -201,17 +201,18 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
     add("--rounds", type=int, default=5, metavar="N", help="default: %(default)s")
     add("--requests", type=int, default=4, metavar="N", help="of an arm in a round, times the concurrency (default: 4)")
     add("--max-tokens", type=int, default=64, metavar="N", help="of each answer (default: %(default)s)")
-    add("--fixed-k", type=int, default=3, metavar="N", help="of the arm with one length (default: %(default)s)")
+    add("--temperature", type=float, default=0.0, metavar="T", help="default: %(default)s")
     add(
         "--arms",
         type=_names,
-        default=("fixed", "vllm-ngram", "portfolio"),
+        default=("fixed-3", "vllm-ngram", "portfolio"),
         metavar="ARM,ARM",
         help=(
-            "beside no speculation: fixed, vllm-ngram, table, portfolio, learning (default: fixed,vllm-ngram,portfolio)"
+            "beside no speculation: fixed-K (1 to 16 drafts for all), vllm-ngram, table, portfolio, learning "
+            "(default: fixed-3,vllm-ngram,portfolio)"
         ),
     )
-    add("--json", dest="json_file", type=Path, metavar="FILE", help="write every round there too")
+    add("--json", dest="json_file", type=Path, metavar="FILE", help="keep every round there; a run cut off goes on")
     add("--results", type=Path, metavar="FILE", help="put rows of results there")
     add("--experiment", default="live", metavar="NAME", help="of these rows (default: %(default)s)")
     add("--cell", default="", metavar="NAME", help="of the prompts in these rows; default: the data set's name")

@@ -14,6 +14,7 @@ Ints = npt.NDArray[np.int64]
 _MEMORY = 1000.0  # steps after which an observation's weight has faded to 1/e
 _PACE_MEMORY = 50.0  # the same for the machine's pace
 _PULL = 0.1  # steps that the last fit counts for
+_ANCHORED = 10.0  # steps that costs which were measured on purpose count for, at all times
 _REFIT_EVERY = 8
 _SETTLED = 32  # steps from which on the fit is believed more than a step that contradicts it
 _SURPRISE = 0.3  # difference from the prediction, as the logarithm of the ratio, beyond which a step says no more
@@ -84,11 +85,16 @@ class StepTimeModel:
     A machine that others use is slower for a while, whatever the steps compute. So a step takes what its work costs at
     the machine's usual pace, times the pace of late: a short average of how much slower than that the steps were. What
     one cost is relative to another, which is all that a choice depends on, is thus not mistaken for the pace.
+
+    A rule that acts on the fit decides what the fit sees: held to be free, drafts are always as long as possible, so
+    that their cost cannot be told from that of requests. Therefore costs that were measured on purpose (`known`) keep
+    pulling: they decide what the steps do not.
     """
 
     _gram: Floats = field(default_factory=lambda: np.zeros((len(COSTS), len(COSTS))))
     _moment: Floats = field(default_factory=lambda: np.zeros(len(COSTS)))
     _costs: Floats | None = None  # at the usual pace
+    _anchor: Floats | None = None  # what they are pulled to; None: the last fit
     _pace: float = 0.0  # logarithm of how many times longer steps take of late
     _seen: int = 0
     _model_seen: bool = False  # whether a draft model ever ran
@@ -105,7 +111,8 @@ class StepTimeModel:
             raise ValueError(f"no cost of {missing[0]}; there must be {', '.join(COSTS)}")
         guesses = dict(zip(COSTS, (_PRIOR_SHARES * costs["constant"]).tolist(), strict=True))
         known = np.array([costs.get(name, guesses[name]) for name in COSTS], dtype=np.float64)
-        return cls(_costs=known, _seen=_SETTLED, _model_seen=any(name in costs for name in MODEL_COSTS))
+        seen = any(name in costs for name in MODEL_COSTS)
+        return cls(_costs=known, _anchor=known, _seen=_SETTLED, _model_seen=seen)
 
     @property
     def ready(self) -> bool:
@@ -152,11 +159,12 @@ class StepTimeModel:
             self._costs = self._fit(self._costs)
 
     def _fit(self, last: Floats) -> Floats:
-        """Minimise the weighted squares plus a pull to the last fit, under costs >= 0."""
-        scale = np.maximum(last, 1e-3 * last[0] * _PRIOR_SHARES)  # solve for costs / scale: well conditioned
-        gram = self._gram * np.outer(scale, scale) + _PULL * np.eye(len(scale))
+        """Minimise the weighted squares plus a pull to the anchor, under costs >= 0."""
+        anchor, pull = (last, _PULL) if self._anchor is None else (self._anchor, _ANCHORED)
+        scale = np.maximum(anchor, 0.1 * last[0] * _PRIOR_SHARES)  # of a pull: one that is 0 must not stay there
+        gram = self._gram * np.outer(scale, scale) + pull * np.eye(len(scale))
         root = np.linalg.cholesky(gram)
-        moment = self._moment * scale + _PULL * last / scale
+        moment = self._moment * scale + pull * anchor / scale
         costs: Floats = nnls(root.T, np.linalg.solve(root, moment))[0] * scale
         costs[0] = max(costs[0], 1e-6)
         return costs

@@ -30,7 +30,7 @@ class Drafts:
     @property
     def tokens(self) -> list[int]:
         """The drafts to verify."""
-        return self.by(self.chosen.drafter)[: self.chosen.length]
+        return self.by(self.chosen.drafter)[: self.chosen.length] if self.chosen.length else []
 
     def by(self, drafter: int) -> list[int]:
         """All that one drafter drafted."""
@@ -108,16 +108,18 @@ class Portfolio:
 
     def _compare(self, request_id: str, drafts: Drafts, verified: int, emitted: list[int]) -> None:
         """Tell the controller how good each drafter's drafts were."""
-        known, right = {}, {}
         for drafter in (NEURAL, TABLE, MODEL):
             tokens = drafts.by(drafter)[: max(verified, 1) if drafts.chosen.drafter == drafter else 1]
-            known[drafter], right[drafter] = len(tokens), _agreement(tokens, emitted)
-        self.controller.observe_neural(request_id, known[NEURAL], right[NEURAL])
-        self.controller.observe_model(request_id, known[MODEL], right[MODEL])
-        self.controller.observe_table(request_id, drafts.table.basis, known[TABLE], right[TABLE])
-        for drafter, counted in self._first_drafts.items():
-            counted[0] += known[drafter] > 0
-            counted[1] += right[drafter] > 0
+            if not tokens:
+                continue
+            right = _agreement(tokens, emitted)
+            if drafter == TABLE:
+                self.controller.observe_table(request_id, drafts.table.basis, len(tokens), right)
+                continue
+            observe = self.controller.observe_neural if drafter == NEURAL else self.controller.observe_model
+            observe(request_id, len(tokens), right)
+            self._first_drafts[drafter][0] += 1
+            self._first_drafts[drafter][1] += right > 0
 
     def take_first_drafts(self, drafter: int = NEURAL) -> tuple[int, int]:
         """Drafts of NEURAL or MODEL since the last call, and how many of them had the right first token."""

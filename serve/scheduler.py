@@ -19,7 +19,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from aurora.config import SpeculationConfig
 from aurora.controller import Ahead, Plan, RequestView
 from aurora.goodput import MODEL
-from aurora.step_time import StepWork
+from aurora.step_time import StepTimeModel, StepWork
 from serve.calibration import Drill, is_calibration, known_costs
 from serve.portfolio import Portfolio
 from serve.request_options import RequestOptions
@@ -96,7 +96,9 @@ class AuroraScheduler(Scheduler):
             return output
         self._expected = self.controller.expected_tokens
         self._begin(output.num_scheduled_tokens)
-        self._drilling = any(map(is_calibration, output.num_scheduled_tokens))
+        drilled, self._drilling = self._drilling, any(map(is_calibration, output.num_scheduled_tokens))
+        if drilled and not self._drilling:
+            self.controller.step_time = StepTimeModel.known(self.controller.step_time.costs)
         self._plan = self._drill.plan() if self._drilling else self._plan_for(output)
         output.num_spec_tokens_to_schedule = self._plan.cap
         self._work = self._work_of(output)

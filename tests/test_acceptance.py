@@ -34,8 +34,8 @@ def test_positions_past_the_first_rejection_are_censored():
     model.start("a")
     model.observe("a", 4, 1)
     rates = model._requests["a"][1]
-    assert rates.trials.tolist() == [1, 1, 0, 0]
-    assert rates.hits.tolist() == [1, 0, 0, 0]
+    assert rates.trials == [1, 1, 0, 0]
+    assert rates.hits == [1, 0, 0, 0]
 
 
 def test_a_request_moves_away_from_its_domain():

@@ -1,13 +1,15 @@
 import argparse
 import asyncio
 import json
+from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
 import pytest
 
-from aurora.bench import ARMS, BASELINE, BenchOptions, BenchResult, Measurement, arms, measure
+from aurora.bench import ARMS, BASELINE, BenchOptions, BenchResult, Measurement, arms, measure, measured
 from aurora.config import AuroraConfig, UserError
 from aurora.options import add_config_options, read_config
 from aurora.prompts import Conversation
@@ -21,28 +23,36 @@ def read_flags(flags: tuple[str, ...]) -> AuroraConfig:
 
 
 def test_arms_are_serve_commands_with_one_difference(tmp_path: Path) -> None:
-    options = BenchOptions(drafter=tmp_path, fixed_k=2, arms=tuple(ARMS), vllm_args=("--max-model-len=512",))
+    options = BenchOptions(drafter=tmp_path, arms=(*ARMS, "fixed-7"), vllm_args=("--max-model-len=512",))
     chosen = arms(options)
-    assert list(chosen) == [BASELINE, *ARMS]
+    assert list(chosen) == [BASELINE, *ARMS, "fixed-7"]
     of_vllm = {BASELINE, "vllm-ngram"}
     for name, flags in chosen.items():
         assert "--max-model-len=512" in flags
         assert (f"--drafter={tmp_path}" in flags) == (name not in of_vllm)
         assert ("--no-speculation" in flags) == (name in of_vllm)
     assert len(set(chosen.values())) == len(chosen)
-    assert read_flags(chosen["fixed"]).speculation.fixed_k == 2
+    assert read_flags(chosen["fixed-3"]).speculation.fixed_k == 3
+    assert (s := read_flags(chosen["fixed-7"]).speculation).fixed_k == s.k_max == 7
     assert read_flags(chosen["table"]).speculation.drafters == ("ngram",)
     assert any("prompt_lookup_max" in argument for argument in read_flags(chosen["vllm-ngram"]).vllm_args)
 
 
 def test_an_unknown_arm_is_named() -> None:
-    with pytest.raises(UserError, match="--arms warp: no such arm; choose from fixed"):
-        BenchOptions(arms=("table", "warp"))
+    for unknown in ("warp", "fixed", "fixed-0", "fixed-17"):
+        with pytest.raises(UserError, match=f"--arms {unknown}: no such arm; choose from fixed-3"):
+            BenchOptions(arms=("table", unknown))
+    with pytest.raises(UserError, match="--fixed-k: every arm would have it; name arms instead"):
+        BenchOptions(vllm_args=("--fixed-k=3",))
+    with pytest.raises(UserError, match=r"--temperature -1\.0: must not be negative"):
+        BenchOptions(temperature=-1.0)
 
 
 def test_ratios_compare_within_a_round() -> None:
     speeds = {(BASELINE, 1): 10.0, ("x", 1): 20.0, (BASELINE, 2): 100.0, ("x", 2): 150.0}
-    result = BenchResult([Measurement(arm, 1, r, speed, None, 5) for (arm, r), speed in speeds.items()])
+    result = BenchResult(
+        [Measurement(arm, 1, r, speed, None, 5, (0.5, 1.0 / speed)) for (arm, r), speed in speeds.items()]
+    )
     assert result.ratios("x", 1) == [2.0, 1.5]
     rows = {row["arm"]: row for row in result.rows()}
     assert rows["x"]["ratio"] == 1.75
@@ -52,17 +62,19 @@ def test_ratios_compare_within_a_round() -> None:
 
 def test_published_rows_compare_with_both_baselines() -> None:
     speeds = {BASELINE: 10.0, "vllm-ngram": 20.0, "portfolio": 30.0}
-    result = BenchResult([Measurement(arm, 4, 1, speed, None, 5) for arm, speed in speeds.items()])
+    result = BenchResult([Measurement(arm, 4, 1, speed, None, 5, (1.0, 2.0, speed)) for arm, speed in speeds.items()])
     found = {(row.policy, row.metric): (row.value, row.baseline) for row in result.published("live", "sql")}
     assert found["portfolio", "speedup_over_vllm_ngram"] == (1.5, 20.0)
     assert found["portfolio", "speedup_over_no_speculation"] == (3.0, 10.0)
     assert found["no_speculation", "tokens_per_s"] == (10.0, 10.0)
     assert ("no_speculation", "speedup_over_vllm_ngram") not in found
+    assert found["portfolio", "latency_p50_s"] == (2.0, 2.0)
+    assert found["vllm_ngram", "latency_p99_s"] == (pytest.approx(19.64), pytest.approx(9.84))
     assert {row.cell for row in result.published("live", "sql")} == {"sql, 4 at once"}
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("rounds", 0), ("concurrency", (1, 0)), ("max_tokens", -1), ("fixed_k", 0), ("requests", 0)]
+    ("field", "value"), [("rounds", 0), ("concurrency", (1, 0)), ("max_tokens", -1), ("requests", 0)]
 )
 def test_values_that_make_no_sense(field: str, value: object) -> None:
     with pytest.raises(UserError, match=f"--{field.replace('_', '-')} .* above 0"):
@@ -97,28 +109,55 @@ class _Endpoint(BaseHTTPRequestHandler):
     def log_message(self, *args: object) -> None: ...
 
 
-def test_every_arm_gets_the_same_prompts_in_turning_order() -> None:
+@pytest.fixture
+def urls() -> Iterator[dict[str, str]]:
+    """Two endpoints: the baseline and x."""
     _Endpoint.seen = []
     servers = [ThreadingHTTPServer(("127.0.0.1", 0), _Endpoint) for _ in range(2)]
     for server in servers:
         Thread(target=server.serve_forever, daemon=True).start()
-    ports = [s.server_address[1] for s in servers]
-    urls = {name: f"http://127.0.0.1:{port}" for name, port in zip((BASELINE, "x"), ports, strict=True)}
+    yield {name: f"http://127.0.0.1:{s.server_address[1]}" for name, s in zip((BASELINE, "x"), servers, strict=True)}
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def _port(url: str) -> int:
+    return int(url.rsplit(":", 1)[1])
+
+
+def test_every_arm_gets_the_same_prompts_in_turning_order(urls: dict[str, str]) -> None:
     prompts = [Conversation((f"p{i}",)) for i in range(5)]
     told: list[tuple[str, bool]] = []
     options = BenchOptions(rounds=2, requests=2, concurrency=(1,))
-    try:
-        result = asyncio.run(measure(urls, prompts, options, lambda name, yes: told.append((name, yes))))
-    finally:
-        for server in servers:
-            server.shutdown()
-            server.server_close()
+    result = asyncio.run(measure(urls, prompts, options, lambda name, yes: told.append((name, yes))))
+    ports = [_port(url) for url in urls.values()]
     texts = {port: [text for p, text in _Endpoint.seen if p == port] for port in ports}
     assert texts[ports[0]] == texts[ports[1]] == ["p0", "p1", "p2", "p3", "p4", "p0"]
     order = [port for port, _ in _Endpoint.seen][::2]
     assert order == [ports[0], ports[1], ports[1], ports[0], ports[0], ports[1]]
     turns = [BASELINE, "x", "x", BASELINE, BASELINE, "x"]
-    assert told == [(name, yes) for name in turns for yes in (True, False)], (
-        "only the trainer of the one asked computes"
-    )
+    assert told == [(name, yes) for name in turns for yes in (True, False)], "the trainer of whoever is asked computes"
     assert [(m.round, m.tokens) for m in result.measurements] == [(1, 14)] * 2 + [(2, 14)] * 2
+    assert all(len(m.latency_s) == 2 and min(m.latency_s) > 0 for m in result.measurements)
+
+
+def test_a_bench_that_was_cut_off_goes_on(urls: dict[str, str], tmp_path: Path) -> None:
+    prompts = [Conversation((f"p{i}",)) for i in range(6)]
+    file = tmp_path / "bench.json"
+    options = BenchOptions(rounds=1, requests=2, concurrency=(1,), json_file=file)
+    first = asyncio.run(measure(urls, prompts, options)).measurements
+    more = replace(options, rounds=2)
+    assert measured(more) == first
+    _Endpoint.seen = []
+    result = asyncio.run(measure(urls, prompts, more, before=measured(more)))
+    warm_up, last = ["p0", "p1"], ["p4", "p5"]
+    assert [text for _, text in _Endpoint.seen] == [*warm_up * 2, *last * 2], "the first round is not sent again"
+    assert result.measurements[:2] == first
+    assert measured(more) == result.measurements
+    with pytest.raises(UserError, match="holds a bench with another --max-tokens; give another file"):
+        measured(replace(more, max_tokens=9))
+    for broken in ("", "[]", '{"rounds": [{"arm": "x"}]}'):
+        file.write_text(broken)
+        with pytest.raises(UserError, match="exists and is no bench to go on with"):
+            measured(more)

@@ -92,3 +92,25 @@ def test_costs_never_go_negative(steps):
         model.observe(_work(requests=requests, drafts=drafts, draft_first=int(drafts > 0)), seconds)
     assert model._costs is not None
     assert (model._costs >= 0).all()
+
+
+def test_drafts_that_are_held_to_be_free_are_found_out():
+    """As many drafts as possible at every step: only what was measured before tells their cost from the requests'."""
+    rng = np.random.default_rng(0)
+    costs = {
+        "constant": 0.033,
+        "request": 0.002,
+        "draft": 0.00225,
+        "prefill_token": 0.0015,
+        "kilo_context_token": 0.004,
+    }
+    true = dict.fromkeys(COSTS, 0.0) | costs
+    model = StepTimeModel.known(true)
+    fooled = true | {"request": true["request"] + 4 * true["draft"], "draft": 0.0}
+    model._costs = np.array([fooled[name] for name in COSTS])
+    for step in range(400):
+        requests, slow = 3 + step % 2, 1.6 if step // 100 % 2 else 1.0
+        work = _work(requests=requests, drafts=4 * requests, context_tokens=200 * requests)
+        seconds = float(np.array([true[name] for name in COSTS]) @ work.vector())
+        model.observe(work, seconds * slow * float(rng.lognormal(0, 0.15)))
+    assert model.costs["draft"] / model.costs["request"] == pytest.approx(true["draft"] / true["request"], rel=0.3)
