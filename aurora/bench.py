@@ -278,10 +278,12 @@ async def measure(
     names = list(servers)
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("bench", total=(options.rounds + 1) * len(options.concurrency) * len(names))
+        sent = 0  # prompts to each arm: no round repeats those of another while there are new ones
         for concurrency in options.concurrency:
             for number in range(options.rounds + 1):
                 turn = number % len(names)
-                batch = _batch(prompts, number, options.requests * concurrency)
+                batch = [prompts[(sent + i) % len(prompts)] for i in range(options.requests * concurrency)]
+                sent += len(batch)
                 for name in names[turn:] + names[:turn]:
                     if (name, concurrency, number) not in done:
                         let_train(name, True)
@@ -359,11 +361,6 @@ def _prompts(options: BenchOptions) -> list[Conversation]:
     if options.dataset is None:
         return [Conversation((text,)) for text in _PROMPTS]
     return read_prompts(options.dataset, variant=options.variant)
-
-
-def _batch(prompts: Sequence[Conversation], number: int, size: int) -> list[Conversation]:
-    """The prompts of one round: the next `size`, from the front again after the last."""
-    return [prompts[(number * size + i) % len(prompts)] for i in range(size)]
 
 
 def _show(result: BenchResult) -> None:

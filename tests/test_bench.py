@@ -142,6 +142,14 @@ def test_every_arm_gets_the_same_prompts_in_turning_order(urls: dict[str, str]) 
     assert all(len(m.latency_s) == 2 and min(m.latency_s) > 0 for m in result.measurements)
 
 
+def test_what_one_concurrency_was_sent_is_not_sent_with_another(urls: dict[str, str]) -> None:
+    """Answers that a table has learned would flatter it."""
+    prompts = [Conversation((f"p{i}",)) for i in range(20)]
+    asyncio.run(measure(urls, prompts, BenchOptions(rounds=1, requests=1, concurrency=(3, 1, 2))))
+    mine = [text for port, text in _Endpoint.seen if port == _port(urls["x"])]
+    assert sorted(mine, key=lambda text: int(text[1:])) == [f"p{i}" for i in range(12)]
+
+
 def test_a_bench_that_was_cut_off_goes_on(urls: dict[str, str], tmp_path: Path) -> None:
     prompts = [Conversation((f"p{i}",)) for i in range(6)]
     file = tmp_path / "bench.json"
