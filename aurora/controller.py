@@ -30,6 +30,7 @@ from aurora.goodput import (
     MODEL,
     NEURAL,
     TABLE,
+    Batch,
     Caps,
     Choice,
     choose,
@@ -294,12 +295,13 @@ class SpeculationController:
         return self._best(views, self._gains(views), limits, unread=price)
 
     def _best(self, views: list[RequestView], gains: Floats, limits: Ints, **known: Any) -> Choice:
-        """What the objective says; known: `caps` and `unread` of `aurora.goodput.choose`."""
+        """What the objective says; known: `caps` and `unread` of `Batch`."""
         base = dataclasses.replace(_plain_step(views), prefill_tokens=self._ahead.prefill_tokens)
+        batch = Batch(gains, limits, base, self.step_time, **known)
         if self.objective == "latency":
-            return choose_latency(gains, limits, base, self.step_time, **known)
+            return choose_latency(batch)
         needs = np.array([self._ahead.needs.get(v.request_id, 0.0) for v in views]) if self.objective == "slo" else None
-        return choose(gains, limits, base, self.step_time, needs=needs, **known)
+        return choose(batch, needs)
 
     def _unread(self, view: RequestView) -> int:
         """Tokens that the draft model would read for this request at the end of the step: at least the newest."""

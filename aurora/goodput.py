@@ -31,6 +31,25 @@ class Caps:
     model: int = 0
 
 
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """The requests that drafts may be chosen for, what drafts would bring and cost.
+
+    gains: [requests, DRAFTERS, k_max] expected extra tokens of each draft position, by drafter.
+    limits: [requests, DRAFTERS] longest draft that each request may have from each drafter.
+    base: the step without any draft and without drafting.
+    caps: what the drafters with passes may be asked for; None: everything from nothing to the highest limits.
+    unread: [requests] tokens that the draft model reads if the request takes its drafts; None: none.
+    """
+
+    gains: Floats
+    limits: Ints
+    base: StepWork
+    model: StepTimeModel
+    caps: Sequence[Caps] | None = None
+    unread: Floats | None = None
+
+
 @dataclass(frozen=True)
 class Choice:
     """Drafter and speculation length of every request in one step, and what is expected of them."""
@@ -48,30 +67,16 @@ class Choice:
         return self.emitted / self.seconds
 
 
-def choose(
-    gains: Floats,
-    limits: Ints,
-    base: StepWork,
-    model: StepTimeModel,
-    *,
-    caps: Sequence[Caps] | None = None,
-    unread: Floats | None = None,
-    needs: Floats | None = None,
-) -> Choice:
+def choose(batch: Batch, needs: Floats | None = None) -> Choice:
     """The choice that maximises goodput, exactly.
 
-    gains: [requests, DRAFTERS, k_max] expected extra tokens of each draft position, by drafter.
-    limits: [requests, DRAFTERS] longest draft that each request may have from each drafter.
-    base: the step without any draft and without drafting.
-    caps: what the drafters with passes may be asked for; default: everything from nothing to the highest limits.
-    unread: [requests] tokens that the draft model reads if the request takes its drafts; default: none.
     needs: [requests] tokens that each must emit to be on time; up to that number they count LATE times.
 
     Dinkelbach's method (1967): at a given price of a second each request's best option is its own affair, and the
     price at which the whole is worth nothing is the goodput. Of one drafter's drafts the best within a cap is a running
     maximum over lengths, so a round takes O(requests * (k_max + caps)).
     """
-    options = _Options.of(gains, limits, base, model, caps=caps, unread=unread)
+    options = _Options.of(batch)
     worth = options.emitted
     if needs is not None:
         worth = worth + (LATE - 1) * np.minimum(worth, np.maximum(needs, 0.0)[:, None, None])
@@ -91,24 +96,15 @@ def choose(
         best, merit = (c, drafters, lengths), better
 
 
-def choose_latency(
-    gains: Floats,
-    limits: Ints,
-    base: StepWork,
-    model: StepTimeModel,
-    *,
-    caps: Sequence[Caps] | None = None,
-    unread: Floats | None = None,
-) -> Choice:
-    """The choice with the least expected time a token, as a mean over the requests, exactly; arguments as in `choose`.
+def choose_latency(batch: Batch) -> Choice:
+    """The choice with the least expected time a token, as a mean over the requests, exactly.
 
     That time is the step's, divided by what the request is expected to emit. So it is a product of two sums over
     requests, seconds and tokens to the power of -1, whose minimum is a corner of the convex hull of what can be had
     (the product is quasi-concave). Each request's own corners, taken in the order of their slopes, give those of all
     together: O(requests * k_max * log) for each of the caps.
     """
-    options = _Options.of(gains, limits, base, model, caps=caps, unread=unread)
-    requests = len(gains)
+    options, requests = _Options.of(batch), len(batch.gains)
     if not requests:
         return options.choice(*options.none, 0.0)
     best, merit = options.none, 1.0 / options.start[0]
@@ -127,7 +123,7 @@ def choose_latency(
 def within(choice: Choice, gains: Floats, room: int) -> Choice:
     """The choice, cut to at most `room` drafts in all: those stay that are expected to bring the most.
 
-    gains as in `choose`; those of one drafter must not rise along a draft. Expected time and merit stay as they were.
+    gains as in `Batch`; those of one drafter must not rise along a draft. Expected time and merit stay as they were.
     """
     lengths = np.array(choice.lengths, np.int64)
     if lengths.sum() <= room:
@@ -154,18 +150,10 @@ class _Options:
     allowed: npt.NDArray[np.bool_]  # [requests, DRAFTERS, k_max + 1]
 
     @classmethod
-    def of(
-        cls,
-        gains: Floats,
-        limits: Ints,
-        base: StepWork,
-        model: StepTimeModel,
-        *,
-        caps: Sequence[Caps] | None,
-        unread: Floats | None,
-    ) -> "_Options":
-        requests, _, k_max = gains.shape
-        asked = _all_caps(limits) if caps is None else list(caps)
+    def of(cls, batch: Batch) -> "_Options":
+        requests, _, k_max = batch.gains.shape
+        base, model, unread = batch.base, batch.model, batch.unread
+        asked = _all_caps(batch.limits) if batch.caps is None else list(batch.caps)
         neural, drafted = np.array([c.neural for c in asked]), np.array([c.model for c in asked])
         start = np.array([model.predict(with_drafts(base, 0, c)) for c in asked])
         # A draft costs more where the neural drafter reads it, too.
@@ -179,9 +167,9 @@ class _Options:
             runs=(neural > 0).astype(np.int64),
             within=np.stack([neural, np.full_like(neural, k_max), drafted], axis=1),
             lengths=lengths,
-            emitted=1 + np.concatenate([np.zeros((requests, DRAFTERS, 1)), gains.cumsum(axis=2)], axis=2),
+            emitted=1 + np.concatenate([np.zeros((requests, DRAFTERS, 1)), batch.gains.cumsum(axis=2)], axis=2),
             costs=np.array(each)[:, None, None, None] * lengths + extra,
-            allowed=lengths <= limits[..., None],
+            allowed=lengths <= batch.limits[..., None],
         )
 
     @property

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from aurora import speculation_rules as rules
 from aurora.acceptance import AcceptanceModel
-from aurora.goodput import DRAFTERS, NEURAL, TABLE, Caps, choose
+from aurora.goodput import DRAFTERS, NEURAL, TABLE, Batch, Caps, choose
 from aurora.speculation_rules import Rule, Slots, choose_lengths, learn, new_memory
 from aurora.step_time import COSTS, StepTimeModel, StepWork
 
@@ -63,7 +63,7 @@ def test_the_choice_is_the_one_that_serves(limits, constant, more, passes, seed)
     offered, allowed = np.zeros((len(limits), DRAFTERS, K_MAX)), np.zeros((len(limits), DRAFTERS), np.int64)
     offered[:, drafter], allowed[:, drafter] = gains, limits
     base = StepWork(len(limits), 0, 0, 10 * len(limits), 0, 0)
-    served = choose(offered, allowed, base, model)
+    served = choose(Batch(offered, allowed, base, model))
     lengths = slots.length[: len(limits)].tolist()
     emitted = len(limits) + sum(gains[i, :k].sum() for i, k in enumerate(lengths))
     work = dataclasses.replace(base, drafts=sum(lengths), draft_first=int(best > 0), draft_more=max(best - 1, 0))

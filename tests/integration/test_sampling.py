@@ -177,7 +177,7 @@ def test_drafts_leave_the_distribution_as_it_is(
 
 
 def test_the_repair_is_still_needed(target: Samples, tiny_model: Path, drafter: DrafterVersion) -> None:
-    settings = SETTINGS[:2]  # top-k alone ends the engine without the repair
+    settings = SETTINGS[:1]  # top-k alone ends the engine without the repair
     samples, _ = _sample(tiny_model, settings=settings, **_speculate(drafter, "greedy"))
     p = _p_values(target[: len(samples)], samples)
     assert min(p) < 1e-9, "stock vLLM samples correctly now: remove serve/sampling_shim.py"
