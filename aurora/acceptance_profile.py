@@ -37,6 +37,15 @@ class AcceptanceProfile:
         reached = np.array([(self.right >= j).sum() for j in range(self.k_max + 1)], np.float64)
         return np.divide(reached[1:], reached[:-1], out=np.zeros(self.k_max), where=reached[:-1] > 0)
 
+    def hindsight(self) -> npt.NDArray[np.float32]:
+        """Acceptances of each draft by the mean of its own answer, [places, k_max]; 0 where none is on offer."""
+        begins = np.concatenate([[0], self.ends[:-1]])
+        accepted = self.right[:, None] > np.arange(self.k_max)
+        offered = np.ones_like(accepted) if self.drafter == "eagle3" else self.expected > 0
+        hits, tries = (np.add.reduceat(each.astype(np.float64), begins) for each in (accepted, offered))
+        rates = np.divide(hits, tries, out=np.zeros_like(hits), where=tries > 0)
+        return np.where(offered, np.repeat(rates, self.ends - begins, axis=0), 0).astype(np.float32)
+
     def up_to(self, k_max: int) -> "AcceptanceProfile":
         """The same drafter when it drafts `k_max` tokens at most, 1 or more."""
         return AcceptanceProfile(self.drafter, np.minimum(self.right, k_max), self.ends, self.expected[:, :k_max])

@@ -5,6 +5,7 @@ answers (`aurora replay --profile`), and batching is vLLM's (`aurora.batching`).
 recorded answer by lot, the same for every rule.
 """
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -113,7 +114,7 @@ def run(options: SimulateOptions) -> int:
             task = progress.add_task(policy, total=len(load.arrival))
             for state in simulate(load, options.engine, rule):
                 progress.update(task, completed=int(state.counts[batching.FINISHED]))
-            found.append(_summarise(policy, load, state))
+            found.append(summarise(policy, load, state))
     _show(found)
     if options.results is not None:
         write_rows(options.results, _rows(found, options))
@@ -145,8 +146,9 @@ def rules(
 ) -> Iterator[tuple[str, speculation_rules.Rule]]:
     """Name and rule of everything that is compared."""
 
-    def rule(kind: int, by_batch: npt.NDArray[np.int64] | None = None) -> speculation_rules.Rule:
-        by_batch = np.zeros(options.max_seqs + 1, np.int64) if by_batch is None else by_batch
+    nothing = np.zeros(options.max_seqs + 1, np.int64)
+
+    def rule(kind: int, by_batch: npt.NDArray[np.int64] = nothing) -> speculation_rules.Rule:
         return new_rule(kind, profile, costs, by_batch, options.exploration)
 
     for k in range(profile.k_max + 1):
@@ -155,6 +157,8 @@ def rules(
     yield "batch_table", rule(speculation_rules.FIXED, batch_table(rule(speculation_rules.FIXED), profile, load))
     yield "smartspec", rule(speculation_rules.SMARTSPEC)
     yield "goodput", rule(speculation_rules.GOODPUT)
+    hindsight = dataclasses.replace(profile, expected=profile.hindsight())
+    yield "hindsight", new_rule(speculation_rules.HINDSIGHT, hindsight, costs, nothing, options.exploration)
     yield "oracle", rule(speculation_rules.ORACLE)
 
 
@@ -204,7 +208,8 @@ def check_room(load: batching.Load, kv_tokens: int) -> None:
         raise UserError(f"--kv-tokens {kv_tokens}: a request has {longest} tokens; give it room for at least those")
 
 
-def _summarise(policy: str, load: batching.Load, state: batching.State) -> Simulated:
+def summarise(policy: str, load: batching.Load, state: batching.State) -> Simulated:
+    """The numbers of a simulation that ended in `state`."""
     latency, first = state.finish - load.arrival, state.first - load.arrival
     p50, p99 = np.percentile(latency, [50, 99])
     first_p50, first_p99 = np.percentile(first, [50, 99])

@@ -1,7 +1,8 @@
 """Rules for speculation lengths, compiled for simulations: none, the same for all, by batch size, SmartSpec, goodput.
 
 GOODPUT is what `aurora.controller` does with a single drafter: the same estimates, the same exact choice, the same
-bursts of exploration (tested against it). ORACLE knows which drafts are right and is what no rule can beat.
+bursts of exploration (tested against it). HINDSIGHT knows
+each answer's own acceptance rates from the start, ORACLE which drafts are right: no rule can beat it.
 """
 
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from aurora.controller import BURST, WORTH_READING
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
-FIXED, SMARTSPEC, GOODPUT, ORACLE = range(4)
+FIXED, SMARTSPEC, GOODPUT, HINDSIGHT, ORACLE = range(5)
 # Places in Rule.memory. RAN: the neural drafter ran in this step; AHEAD: prompt tokens that the step will read.
 CREDIT, EXPLORING, RATE, RAN, AHEAD = range(5)
 _SMARTSPEC_MEMORY = 0.9  # of the acceptance rate, at each verification
@@ -33,7 +34,7 @@ class Rule(NamedTuple):
     passes: bool  # whether drafts cost passes of a neural drafter
     exploration: float  # share of the steps
     right: npt.NDArray[np.uint8]  # [places] drafts that are right
-    expected: npt.NDArray[np.float32]  # [places, k_max] acceptances expected where drafts come without passes
+    expected: npt.NDArray[np.float32]  # [places, k_max] acceptances; of HINDSIGHT, and where drafts cost no passes
     memory: Floats  # [5]
     hits: Floats  # [k_max] of all requests
     trials: Floats  # [k_max]
@@ -73,6 +74,8 @@ def choose_lengths(slots: Slots, running: Ints, rule: Rule) -> int:
     passes = 0
     if rule.kind == GOODPUT:
         passes = _goodput(slots, running, decoding, rule)
+    elif rule.kind == HINDSIGHT:
+        passes = _best_as_expected(slots, decoding, rule)
     elif rule.kind == ORACLE:
         gains = np.zeros((len(decoding), rule.k_max))
         for i, slot in enumerate(decoding):
@@ -150,10 +153,7 @@ def _goodput(slots: Slots, running: Ints, decoding: Ints, rule: Rule) -> int:
     """The best length for each, and a burst of exploration where the drafter would never be seen otherwise."""
     memory = rule.memory
     if not rule.passes:
-        gains = np.zeros((len(decoding), rule.k_max))
-        for i, slot in enumerate(decoding):
-            gains[i] = rule.expected[slots.place[slot]]
-        passes: int = _best(slots, decoding, gains, _usable(slots, decoding, rule), rule)
+        passes: int = _best_as_expected(slots, decoding, rule)
         return passes
     memory[EXPLORING] = memory[CREDIT] > 0 if memory[EXPLORING] else memory[CREDIT] >= BURST
     memory[CREDIT] = min(memory[CREDIT] + rule.exploration, BURST)
@@ -174,6 +174,15 @@ def _goodput(slots: Slots, running: Ints, decoding: Ints, rule: Rule) -> int:
         return 1
     slots.cold[running] = True
     return 0
+
+
+@njit(cache=True)
+def _best_as_expected(slots: Slots, decoding: Ints, rule: Rule) -> int:
+    """The best lengths by the expectations that the rule was given."""
+    gains = np.zeros((len(decoding), rule.k_max))
+    for i, slot in enumerate(decoding):
+        gains[i] = rule.expected[slots.place[slot]]
+    return int(_best(slots, decoding, gains, _usable(slots, decoding, rule), rule))
 
 
 @njit(cache=True)
@@ -220,7 +229,7 @@ def _plain_seconds(slots: Slots, decoding: Ints, rule: Rule) -> float:
 @njit(cache=True)
 def _ahead(rule: Rule) -> float:
     """Prompt tokens that the rule counts in the step's time; SmartSpec's does not."""
-    return float(rule.memory[AHEAD]) if rule.kind in (GOODPUT, ORACLE) else 0.0
+    return float(rule.memory[AHEAD]) if rule.kind in (GOODPUT, HINDSIGHT, ORACLE) else 0.0
 
 
 @njit(cache=True)

@@ -116,6 +116,7 @@ def test_the_command_compares_all_rules_and_says_the_same_again(inputs: list[str
         "batch_table",
         "smartspec",
         "goodput",
+        "hindsight",
         "oracle",
     ]
     best = min(found[name]["latency_mean_s"] for name in found if name[:5] in ("fixed", "no_sp"))
@@ -173,3 +174,16 @@ def test_a_profile_is_kept_whole(tmp_path: Path):
     assert again.rates().tolist() == pytest.approx([3 / 5, 2 / 3, 1 / 2, 1.0])
     with pytest.raises(ValueError, match="places"):
         AcceptanceProfile("ngram", right, np.array([3]), np.ones((5, 4), np.float32))
+
+
+def test_hindsight_is_each_answers_own_mean_where_there_is_something_to_draft():
+    right, ends = np.array([2, 0, 1, 2], np.uint8), np.array([2, 4])
+    offered = np.array([[0.5, 0.5], [0.5, 0.0], [0.5, 0.5], [0.5, 0.5]], np.float32)
+    expected = [[0.5, 0.5], [0.5, 0.5], [1.0, 0.5], [1.0, 0.5]]
+    assert AcceptanceProfile("eagle3", right, ends, offered).hindsight().tolist() == expected
+    assert AcceptanceProfile("ngram", right, ends, offered).hindsight().tolist() == [
+        [0.5, 1.0],
+        [0.5, 0.0],
+        [1.0, 0.5],
+        [1.0, 0.5],
+    ]

@@ -104,6 +104,15 @@ def test_the_oracle_verifies_what_is_right():
     assert slots.length[:4].tolist() == [3, 0, 1, 1]
 
 
+def test_hindsight_goes_by_what_it_was_told_and_is_never_cold():
+    told = np.array([[0.9, 0.8, 0.7], [0.01, 0.0, 0.0], [0.9, 0.01, 0.0], [0.9, 0.8, 0.7]])
+    rule = _rule(rules.HINDSIGHT, [1.0, 0.0, 0.05, 0, 0, 0.05, 0, 0.02], passes=True, expected=told)
+    slots = _slots([3, 3, 3, 1])
+    slots.cold[:] = True
+    assert choose_lengths(slots, np.arange(4), rule) == 3
+    assert slots.length[:4].tolist() == [3, 0, 1, 1]
+
+
 def test_smartspec_drafts_as_long_as_drafts_were_right():
     costs = [1.0, 0.01, 0.05, 0, 0, 0.05, 0, 0.05]
     lengths = {}
