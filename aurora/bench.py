@@ -14,11 +14,11 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -38,13 +38,16 @@ if TYPE_CHECKING:
 BASELINE = "no speculation"
 ARMS = {
     "fixed-3": "neural drafter, three drafts for all; any other number likewise",
+    "table-3": "n-gram table, three drafts for all; any other number likewise",
     "vllm-ngram": "vLLM's own prompt lookup",
+    "vllm-batch-table": "the same with a length for each number of requests (--batch-table)",
     "table": "n-gram table alone",
     "portfolio": "both drafters, chosen by goodput",
     "learning": "the same with a trainer beside it",
 }
 _OVER = {BASELINE: "speedup_over_no_speculation", "vllm-ngram": "speedup_over_vllm_ngram"}
-_FIXED = re.compile(r"fixed-([1-9]|1[0-6])")
+_OURS = ("table", "portfolio", "learning")  # arms with a rule of ours
+_FIXED = re.compile(r"(fixed|table)-([1-9]|1[0-6])")
 _LOOKUP_K = 3  # drafts of vLLM's prompt lookup
 _REQUEST_TIMEOUT_S = 600.0
 _COUNTER_LIMIT_S = 30.0
@@ -65,20 +68,39 @@ _PROMPTS = (
 )
 
 
+class Load(NamedTuple):
+    """How the prompts of a data set are sent."""
+
+    concurrency: int
+    temperature: float = 0.0
+
+
+class Cell(NamedTuple):
+    """What is compared among the arms."""
+
+    dataset: str
+    concurrency: int
+    temperature: float
+
+    def __str__(self) -> str:
+        sampled = f", temperature {self.temperature:g}" if self.temperature else ""
+        return f"{self.dataset}, {self.concurrency} at once{sampled}"
+
+
 @dataclass(frozen=True)
 class BenchOptions:
     """What to measure; `aurora bench` has a flag for each. Raises UserError for values that make no sense."""
 
     model: str = DEFAULT_MODEL
-    dataset: str | None = None  # None: a dozen prompts of our own
+    datasets: tuple[str, ...] = ()  # none: a dozen prompts of our own
     variant: str | None = None
     drafter: Path | None = None  # None: the untrained one of day 0
-    concurrency: tuple[int, ...] = (1, 4)
+    loads: tuple[Load, ...] = (Load(1), Load(4))
     rounds: int = 5
     requests: int = 4  # per arm, round and unit of concurrency
     max_tokens: int = 64
-    temperature: float = 0.0
     arms: tuple[str, ...] = ("fixed-3", "vllm-ngram", "portfolio")  # keys of ARMS, beside the baseline
+    batch_table: tuple[tuple[int, int], ...] = ((1, 4), (2, 3), (4, 2), (8, 1), (12, 0))  # (from requests, length)
     json_file: Path | None = None
     results: Path | None = None  # file of rows (`aurora.results`)
     experiment: str = "live"  # name of these rows
@@ -86,14 +108,21 @@ class BenchOptions:
     vllm_args: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        require_positive(self, "concurrency", "rounds", "requests", "max_tokens")
+        require_positive(self, "rounds", "requests", "max_tokens")
+        for load in self.loads:
+            if load.concurrency < 1 or load.temperature < 0:
+                raise UserError(f"--concurrency {load.concurrency}@{load.temperature:g}: at least 1, at 0 or above")
         unknown = sorted(arm for arm in set(self.arms) - set(ARMS) if not _FIXED.fullmatch(arm))
         if unknown:
             raise UserError(f"--arms {unknown[0]}: no such arm; choose from {', '.join(ARMS)}")
         if any(flag.startswith("--fixed-k") for flag in self.vllm_args):
             raise UserError("--fixed-k: every arm would have it; name arms instead, such as --arms fixed-1,fixed-3")
-        if self.temperature < 0:
-            raise UserError(f"--temperature {self.temperature}: must not be negative")
+        begins = [begin for begin, _ in self.batch_table]
+        if begins[:1] != [1] or sorted(set(begins)) != begins or min(k for _, k in self.batch_table) < 0:
+            given = ",".join(f"{begin}:{k}" for begin, k in self.batch_table)
+            raise UserError(f"--batch-table {given}: must rise from 1, each with a length of 0 or more")
+        if self.cell and len(self.datasets) > 1:
+            raise UserError(f"--cell {self.cell}: names one data set; there are {len(self.datasets)}")
         require_writable("--json", self.json_file)
         require_writable("--results", self.results)
 
@@ -102,8 +131,10 @@ class BenchOptions:
 class Measurement:
     """One arm in one round."""
 
-    arm: str
+    dataset: str
     concurrency: int
+    temperature: float
+    arm: str
     round: int
     tokens_per_s: float
     tokens_per_step: float | None  # None without speculation
@@ -111,8 +142,12 @@ class Measurement:
     latency_s: tuple[float, ...]  # of each request
 
     @property
-    def place(self) -> tuple[str, int, int]:
-        return self.arm, self.concurrency, self.round
+    def cell(self) -> Cell:
+        return Cell(self.dataset, self.concurrency, self.temperature)
+
+    @property
+    def place(self) -> tuple[Cell, str, int]:
+        return self.cell, self.arm, self.round
 
 
 @dataclass
@@ -120,39 +155,44 @@ class BenchResult:
     measurements: list[Measurement] = field(default_factory=list)
     step_costs: dict[str, float] = field(default_factory=dict)  # seconds, as the last arm that has a rule fitted them
 
-    def ratios(self, arm: str, concurrency: int, over: str = BASELINE) -> list[float]:
+    @property
+    def cells(self) -> list[Cell]:
+        return list(dict.fromkeys(m.cell for m in self.measurements))
+
+    def ratios(self, arm: str, cell: Cell, over: str = BASELINE) -> list[float]:
         """Tokens/s of `arm` over those of another, round by round; empty where one of them was not measured."""
-        speed = {(m.arm, m.round): m.tokens_per_s for m in self.measurements if m.concurrency == concurrency}
+        speed = {(m.arm, m.round): m.tokens_per_s for m in self.measurements if m.cell == cell}
         rounds = sorted({r for a, r in speed if a == arm} & {r for a, r in speed if a == over})
         return [speed[arm, r] / speed[over, r] for r in rounds]
 
-    def published(self, experiment: str, cell: str) -> Iterator[Row]:
-        """The medians as rows of results, one cell for each concurrency."""
-        for concurrency in sorted({m.concurrency for m in self.measurements}):
-            mine = [m for m in self.measurements if m.concurrency == concurrency]
+    def published(self, experiment: str, name: str = "") -> Iterator[Row]:
+        """The medians as rows of results; name: of the prompts, default that of their data set."""
+        for cell in self.cells:
+            mine = [m for m in self.measurements if m.cell == cell]
             speeds = {a: float(np.median([m.tokens_per_s for m in mine if m.arm == a])) for a in {m.arm for m in mine}}
-            place = f"{cell}, {concurrency} at once"
+            place = str(cell._replace(dataset=name or cell.dataset))
+            best = max((arm for arm in speeds if arm not in _OURS), key=speeds.__getitem__)
             for arm, speed in speeds.items():
                 policy = arm.replace(" ", "_").replace("-", "_")
                 yield Row(experiment, place, policy, "tokens_per_s", speed, speeds.get(BASELINE), command_line())
                 for share in (50, 99):
                     plain, latency = (_percentile(mine, a, share) for a in (BASELINE, arm))
                     yield Row(experiment, place, policy, f"latency_p{share}_s", latency, plain, command_line())
-                for over, metric in _OVER.items():
-                    ratios = self.ratios(arm, concurrency, over) if arm not in (over, BASELINE) else []
+                for over, metric in ((best, "ratio_to_best_fixed"), *_OVER.items()):
+                    ratios = self.ratios(arm, cell, over) if arm not in (over, BASELINE) else []
                     if ratios:
                         value = float(np.median(ratios))
                         yield Row(experiment, place, policy, metric, value, speeds[over], command_line())
 
     def rows(self) -> Iterator[dict[str, float | str | None]]:
-        """One for each arm and concurrency: medians over the rounds, and the range of the ratio."""
-        for concurrency in sorted({m.concurrency for m in self.measurements}):
+        """One for each cell and arm: medians over the rounds, and the range of the ratio."""
+        for cell in self.cells:
             for arm in dict.fromkeys(m.arm for m in self.measurements):
-                mine = [m for m in self.measurements if (m.arm, m.concurrency) == (arm, concurrency)]
+                mine = [m for m in self.measurements if (m.arm, m.cell) == (arm, cell)]
                 steps = [m.tokens_per_step for m in mine if m.tokens_per_step is not None]
-                ratios = self.ratios(arm, concurrency)
+                ratios = self.ratios(arm, cell)
                 yield {
-                    "concurrency": concurrency,
+                    **cell._asdict(),
                     "arm": arm,
                     "tokens_per_s": float(np.median([m.tokens_per_s for m in mine])),
                     "tokens_per_step": float(np.median(steps)) if steps else None,
@@ -197,8 +237,7 @@ def run(options: BenchOptions) -> int:
         result = asyncio.run(measure(urls, prompts, options, let_train, before))
     _show(result)
     if options.results is not None:
-        cell = options.cell or (Path(options.dataset).stem if options.dataset is not None else "own prompts")
-        write_rows(options.results, result.published(options.experiment, cell))
+        write_rows(options.results, result.published(options.experiment, options.cell))
     _keep(result, options, result.rows())
     return 0
 
@@ -246,13 +285,16 @@ def arms(options: BenchOptions) -> dict[str, tuple[str, ...]]:
     """Name and flags of each arm; the baseline first."""
     drafter = (f"--drafter={options.drafter.expanduser().resolve()}",) if options.drafter is not None else ()
     lookup = {"method": "ngram", "num_speculative_tokens": _LOOKUP_K, "prompt_lookup_min": 2, "prompt_lookup_max": 4}
-    numbers = {arm: int(found[1]) for arm in options.arms if (found := _FIXED.fullmatch(arm))}
+    by_batch = lookup | _by_batch(options.batch_table)
+    numbers = {arm: (found[1], int(found[2])) for arm in options.arms if (found := _FIXED.fullmatch(arm))}
+    drafters = {"fixed": "eagle3", "table": "ngram"}
     fixed = {
-        arm: (f"--fixed-k={k}", f"--k-max={max(k, 4)}", "--drafters=eagle3", "--no-learning", *drafter)
-        for arm, k in numbers.items()
+        arm: (f"--fixed-k={k}", f"--k-max={max(k, 4)}", f"--drafters={drafters[kind]}", "--no-learning", *drafter)
+        for arm, (kind, k) in numbers.items()
     }
     flags = fixed | {
         "vllm-ngram": ("--no-speculation", f"--speculative-config={json.dumps(lookup)}"),
+        "vllm-batch-table": ("--no-speculation", f"--speculative-config={json.dumps(by_batch)}"),
         "table": ("--drafters=ngram", "--no-learning", *drafter),
         "portfolio": ("--no-learning", *drafter),
         "learning": drafter,
@@ -262,14 +304,20 @@ def arms(options: BenchOptions) -> dict[str, tuple[str, ...]]:
     return chosen | {arm: (*flags[arm], *common) for arm in options.arms}
 
 
+def _by_batch(table: Sequence[tuple[int, int]]) -> dict[str, object]:
+    """vLLM's settings for lengths by number of requests: (first, last, length), each good until the next begins."""
+    rows = [(begin, begin, k) for begin, k in table]
+    return {"num_speculative_tokens": max(k for _, k in table), "num_speculative_tokens_per_batch_size": rows}
+
+
 async def measure(
     servers: dict[str, str],
-    prompts: Sequence[Conversation],
+    prompts: Mapping[str, Sequence[Conversation]],
     options: BenchOptions,
     let_train: Callable[[str, bool], None] = lambda _name, _yes: None,
     before: Sequence[Measurement] = (),
 ) -> BenchResult:
-    """Send the rounds to the servers (name -> URL). A first round warms up and is not counted.
+    """Send the rounds of each data set's prompts to the servers (name -> URL). A first one warms up, uncounted.
 
     let_train: is told whose trainer may compute, because on an idle server it takes all it gets. before: what need not
     be measured again.
@@ -277,25 +325,37 @@ async def measure(
     result, done = BenchResult(list(before)), {m.place for m in before}
     names = list(servers)
     with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task("bench", total=(options.rounds + 1) * len(options.concurrency) * len(names))
-        sent = 0  # prompts to each arm: no round repeats those of another while there are new ones
-        for concurrency in options.concurrency:
-            for number in range(options.rounds + 1):
-                turn = number % len(names)
-                batch = [prompts[(sent + i) % len(prompts)] for i in range(options.requests * concurrency)]
-                sent += len(batch)
-                for name in names[turn:] + names[:turn]:
-                    if (name, concurrency, number) not in done:
-                        let_train(name, True)
-                        found = await _send(servers[name], batch, concurrency, options)
-                        let_train(name, False)
-                        if number:
-                            result.measurements.append(Measurement(name, concurrency, number, *found))
-                            _keep(result, options)
-                    progress.advance(task)
+        rounds = list(_rounds(prompts, options))
+        task = progress.add_task("bench", total=len(rounds) * len(names))
+        for cell, number, batch in rounds:
+            turn = number % len(names)
+            for name in names[turn:] + names[:turn]:
+                if (cell, name, number) not in done:
+                    let_train(name, True)
+                    found = await _send(servers[name], batch, cell, options)
+                    let_train(name, False)
+                    if number:
+                        result.measurements.append(
+                            Measurement(cell.dataset, cell.concurrency, cell.temperature, name, number, *found)
+                        )
+                        _keep(result, options)
+                progress.advance(task)
     for url in servers.values():
         result.step_costs = await _step_costs(url) or result.step_costs
     return result
+
+
+def _rounds(
+    prompts: Mapping[str, Sequence[Conversation]], options: BenchOptions
+) -> Iterator[tuple[Cell, int, list[Conversation]]]:
+    """Cell, number and prompts of each round; none repeats the prompts of another while there are new ones."""
+    for dataset, mine in prompts.items():
+        sent = 0
+        for load in options.loads:
+            for number in range(options.rounds + 1):
+                count = options.requests * load.concurrency
+                yield Cell(dataset, *load), number, [mine[(sent + i) % len(mine)] for i in range(count)]
+                sent += count
 
 
 async def _step_costs(url: str) -> dict[str, float]:
@@ -306,16 +366,16 @@ async def _step_costs(url: str) -> dict[str, float]:
 
 
 async def _send(
-    url: str, batch: Sequence[Conversation], concurrency: int, options: BenchOptions
+    url: str, batch: Sequence[Conversation], cell: Cell, options: BenchOptions
 ) -> tuple[float, float | None, int, tuple[float, ...]]:
-    """Tokens/s, tokens per decode step, tokens and latencies of one batch, `concurrency` requests at a time."""
+    """Tokens/s, tokens per decode step, tokens and latencies of one batch, as many requests at a time as cell says."""
     import openai
 
     records: list[Record] = []
     queue = iter(batch)
     async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=_api_key(), max_retries=0) as client:
         model = (await client.models.list()).data[0].id
-        fields = {"model": model, "temperature": options.temperature, "max_tokens": options.max_tokens}
+        fields = {"model": model, "temperature": cell.temperature, "max_tokens": options.max_tokens}
         sender = Sender(client, fields, _REQUEST_TIMEOUT_S)
 
         async def work() -> None:
@@ -324,7 +384,7 @@ async def _send(
 
         before, start = await _scrape(client, url), time.monotonic()
         async with asyncio.TaskGroup() as tasks:
-            for _ in range(concurrency):
+            for _ in range(cell.concurrency):
                 tasks.create_task(work())
         seconds = time.monotonic() - start
         failed = [r.error for r in records if r.error is not None]
@@ -357,19 +417,21 @@ async def _scrape_after(client: "AsyncOpenAI", url: str, before: Scrape, tokens:
     return after
 
 
-def _prompts(options: BenchOptions) -> list[Conversation]:
-    if options.dataset is None:
-        return [Conversation((text,)) for text in _PROMPTS]
-    return read_prompts(options.dataset, variant=options.variant)
+def _prompts(options: BenchOptions) -> dict[str, list[Conversation]]:
+    """By the name of their data set."""
+    if not options.datasets:
+        return {"own prompts": [Conversation((text,)) for text in _PROMPTS]}
+    return {Path(name).stem: read_prompts(name, variant=options.variant) for name in options.datasets}
 
 
 def _show(result: BenchResult) -> None:
-    heads = ("at once", "arm", "tokens/s", "tokens/step", "p50, s", "p99, s", "ratio to no speculation", "range")
+    heads = ("prompts", "arm", "tokens/s", "tokens/step", "p50, s", "p99, s", "ratio to no speculation", "range")
     table = Table(*heads)
     for row in result.rows():
+        cell = Cell(str(row["dataset"]), int(row["concurrency"] or 0), float(row["temperature"] or 0))
         steps = "-" if row["tokens_per_step"] is None else f"{row['tokens_per_step']:.2f}"
         table.add_row(
-            str(row["concurrency"]),
+            str(cell),
             str(row["arm"]),
             f"{row['tokens_per_s']:.1f}",
             steps,

@@ -149,7 +149,7 @@ def _traffic(known: argparse.Namespace, _rest: list[str]) -> int:
 def _bench(known: argparse.Namespace, rest: list[str]) -> int:
     from aurora.bench import BenchOptions, run
 
-    return run(BenchOptions(**_options(known), **_model_options(rest)))
+    return run(BenchOptions(**_options(known) | {"datasets": tuple(known.datasets)}, **_model_options(rest)))
 
 
 def _record(known: argparse.Namespace, rest: list[str]) -> int:

@@ -15,7 +15,7 @@ tokens at every step.
 
 import dataclasses
 import operator
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -224,45 +224,49 @@ class SpeculationController:
     def _plan(self, batch: list[RequestView]) -> Plan:
         if not (self.neural or self.model) or self.fixed_k == 0:
             return Plan(0, skip_drafter=True)
-        drafting = [v for v in batch if v.drafting]
+        known = self._look(batch)
+        drafting = known.of([v.drafting for v in batch])
         if self.fixed_k is not None:
             return self._plan_fixed(drafting, self.fixed_k)
         if not self.step_time.ready:
-            return Plan(int(bool(drafting)) if self.neural else 0, skip_drafter=not self.neural)
+            return Plan(int(bool(drafting.views)) if self.neural else 0, skip_drafter=not self.neural)
         self._exploring = self._credit > 0 if self._exploring else self._credit >= BURST
-        best = self._choose(drafting)
-        plan = self._plan_model(drafting, best)
-        reading = best.caps.neural > 0 or self._invests(batch)
-        explores = self._exploring and bool(self._limits(batch)[:, NEURAL].any()) and not reading
-        cap = best.caps.neural or int((reading or explores) and bool(drafting))
+        best = self._choose(drafting, drafting.limits)
+        plan = self._plan_model(drafting.views, best)
+        drafts = bool(known.limits[:, NEURAL].any())  # whether the neural drafter could, now or soon
+        reading = best.caps.neural > 0 or (drafts and self._invests(known))
+        explores = self._exploring and drafts and not reading
+        cap = best.caps.neural or int((reading or explores) and bool(drafting.views))
         plan = dataclasses.replace(plan, cap=cap, skip_drafter=not (reading or explores))
         if self._exploring:
             self._pay(batch, plan, new=Caps(int(explores), int(plan.model_cap > best.caps.model)))
         return plan
 
-    def _invests(self, batch: list[RequestView]) -> bool:
+    def _invests(self, known: "_Known") -> bool:
         """Whether the neural drafter reads on, though it does not pay now, because it will once no request is cold.
 
         Prompts are read in steps that draft nothing, and after a pause new requests meet a batch of cold ones: drafting
         for them alone may not pay, and they would be the cold ones that the next meet.
         """
-        if not self._limits(batch)[:, NEURAL].any():
-            return False
-        with_it = self._choose(batch, cold=frozenset())
+        with_it = self._choose(known, known.warm_limits)
         if not with_it.caps.neural:
             return False
-        return with_it.merit > WORTH_READING * self._choose(batch, cold=self._views.keys()).merit
+        without = known.limits.copy()
+        without[:, NEURAL] = 0
+        return with_it.merit > WORTH_READING * self._choose(known, without).merit
 
-    def _plan_fixed(self, drafting: list[RequestView], k: int) -> Plan:
+    def _plan_fixed(self, drafting: "_Known", k: int) -> Plan:
         """The same length for all, drafted by the neural drafter if there is one."""
-        longest = min(k, int(self._limits(drafting)[:, NEURAL if self.neural else MODEL].max(initial=0)))
+        longest = min(k, int(drafting.limits[:, NEURAL if self.neural else MODEL].max(initial=0)))
         if self.neural:
             return Plan(longest, skip_drafter=False)
-        return self._model_plan(drafting, longest)
+        return self._model_plan(drafting.views, longest)
 
     def _plan_model(self, drafting: list[RequestView], best: Choice) -> Plan:
         """The draft model's part: what was chosen, or one draft for all to explore it."""
-        usable = [v for v in drafting if self.model and v.limit]
+        if not self.model:
+            return Plan(0, skip_drafter=True)
+        usable = [v for v in drafting if v.limit]
         if best.caps.model:
             takes = {
                 v.request_id for v, d, k in zip(drafting, best.drafters, best.lengths, strict=True) if d == MODEL and k
@@ -286,13 +290,21 @@ class SpeculationController:
         spent = self.step_time.predict(busy) - self.step_time.predict(plain)
         self._credit -= spent / self.step_time.predict(_plain_step(drafting))
 
-    def _choose(self, views: list[RequestView], cold: Set[str] | None = None) -> Choice:
-        """The best choice as far as it is known before the step; cold: requests that count as such."""
-        limits = self._limits(views, cold)
-        unread = np.array([self._unread(v) for v in views], np.float64)
+    def _look(self, batch: list[RequestView]) -> "_Known":
+        """What is known of the requests before the step."""
+        room = self.k_max if self._ahead.room is None else self._ahead.room
+        most = np.minimum(np.array([v.limit for v in batch], np.int64), room)
+        warm_limits = np.stack([most * self.neural, most, most * self.model], axis=1)
+        limits = warm_limits.copy()
+        limits[[v.request_id in self._cold for v in batch], NEURAL] = 0
+        unread = np.array([self._unread(v) if self.model else 1 for v in batch], np.float64)
         # Beyond what comes with each step, reading is paid back over the steps that follow.
         price = np.minimum(unread, _NEARLY_READ) + np.maximum(unread - _NEARLY_READ, 0.0) / _CATCH_UP_STEPS
-        return self._best(views, self._gains(views), limits, unread=price)
+        return _Known(batch, self._gains(batch), limits, warm_limits, price)
+
+    def _choose(self, known: "_Known", limits: Ints) -> Choice:
+        """The best choice as far as it is known before the step."""
+        return self._best(known.views, known.gains, limits, unread=known.unread)
 
     def _best(self, views: list[RequestView], gains: Floats, limits: Ints, **known: Any) -> Choice:
         """What the objective says; known: `caps` and `unread` of `Batch`."""
@@ -339,14 +351,23 @@ class SpeculationController:
             self._domain_curves[domain] = now + kept * (self._domain_curves.get(domain, now) - now)
         return gains
 
-    def _limits(self, views: list[RequestView], cold: Set[str] | None = None) -> Ints:
-        """Longest draft by request and drafter, [requests, DRAFTERS]."""
-        cold = self._cold if cold is None else cold
-        room = self.k_max if self._ahead.room is None else self._ahead.room
-        limits = np.array([[min(v.limit, room)] * DRAFTERS for v in views], np.int64).reshape(len(views), DRAFTERS)
-        limits[[not self.neural or v.request_id in cold for v in views], NEURAL] = 0
-        limits[:, MODEL] *= self.model
-        return limits
+
+@dataclass(frozen=True, eq=False)
+class _Known:
+    """What is known of some requests before their drafts are there."""
+
+    views: list[RequestView]
+    gains: Floats  # [requests, DRAFTERS, k_max]
+    limits: Ints  # [requests, DRAFTERS] longest draft
+    warm_limits: Ints  # the same if no request were cold
+    unread: Floats  # [requests] tokens that the draft model would read, as far as this step has to pay for them
+
+    def of(self, which: list[bool]) -> "_Known":
+        """Of some of the requests."""
+        if all(which):
+            return self
+        views = [view for view, one in zip(self.views, which, strict=True) if one]
+        return _Known(views, self.gains[which], self.limits[which], self.warm_limits[which], self.unread[which])
 
 
 def _plain_step(drafting: list[RequestView]) -> StepWork:

@@ -2,17 +2,37 @@
 
 Goodput (SmartSpec, arXiv 2406.14066) = expected emitted tokens of the batch / time of the step that emits them. The
 step time is linear in what the step computes (`aurora.step_time`), which makes the best choice of all requests together
-easy to find.
+easy to find. The inner loops are compiled by numba; `aurora.speculation_rules` simulates with the same.
 """
 
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
+from numba import njit
 
-from aurora.step_time import Floats, Ints, StepTimeModel, StepWork
+from aurora.step_time import (
+    CONSTANT,
+    CONTEXT,
+    COSTS,
+    DRAFT,
+    FIRST_PASS,
+    FURTHER_PASS,
+    MODEL_FIRST,
+    MODEL_FURTHER,
+    MODEL_READ,
+    PREFILL,
+    READ,
+    REQUEST,
+    Floats,
+    Ints,
+    StepTimeModel,
+    StepWork,
+)
+
+Found = tuple[int, Ints, Ints, float, float, float]  # result of `most_goodput`
 
 LATE = 8.0  # times that a token counts without which a request misses its deadline
 _SAME = 1e-9  # relative difference of merit that is none
@@ -49,6 +69,28 @@ class Batch:
     caps: Sequence[Caps] | None = None
     unread: Floats | None = None
 
+    @property
+    def asked(self) -> Sequence[Caps]:
+        """The caps to choose from."""
+        if self.caps is not None:
+            return self.caps
+        neural, drafted = (range(int(self.limits[:, drafter].max(initial=0)) + 1) for drafter in (NEURAL, MODEL))
+        return [Caps(n, m) for n in neural for m in drafted]
+
+    def arrays(self) -> "tuple[Floats, Ints, Floats, Step]":
+        """Arguments of the compiled loops. Raises ValueError while `model` knows no costs."""
+        unread = np.zeros(len(self.gains)) if self.unread is None else self.unread
+        caps = np.array([(each.neural, each.model) for each in self.asked], np.int64)
+        return self.gains, self.limits, unread, Step(self.model.now, self.base.vector(), caps)
+
+
+class Step(NamedTuple):
+    """What the compiled loops know of the step."""
+
+    costs: Floats  # `StepTimeModel.now`
+    base: Floats  # `StepWork.vector` of the step without drafts
+    caps: Ints  # [caps, 2] of NEURAL and of MODEL
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -71,53 +113,19 @@ def choose(batch: Batch, needs: Floats | None = None) -> Choice:
     """The choice that maximises goodput, exactly.
 
     needs: [requests] tokens that each must emit to be on time; up to that number they count LATE times.
-
-    Dinkelbach's method (1967): at a given price of a second each request's best option is its own affair, and the
-    price at which the whole is worth nothing is the goodput. Of one drafter's drafts the best within a cap is a running
-    maximum over lengths, so a round takes O(requests * (k_max + caps)).
     """
-    options = _Options.of(batch)
-    worth = options.emitted
-    if needs is not None:
-        worth = worth + (LATE - 1) * np.minimum(worth, np.maximum(needs, 0.0)[:, None, None])
-    best, merit = options.none, float(worth[:, NEURAL, 0].sum()) / options.start[0]
-    while True:
-        value = np.where(options.allowed, worth - merit * options.costs, -np.inf)  # [2, requests, DRAFTERS, k_max + 1]
-        reach = np.maximum.accumulate(value, axis=3)
-        offers = reach[options.runs[:, None], :, np.arange(DRAFTERS), options.within]  # [caps, DRAFTERS, requests]
-        c = int((offers.max(axis=1).sum(axis=1) - merit * options.start).argmax())
-        drafters = offers[c].argmax(axis=0)
-        rows = np.arange(len(drafters))
-        within = options.lengths <= options.within[c][drafters][:, None]  # [requests, k_max + 1]
-        lengths = np.where(within, value[options.runs[c], rows, drafters], -np.inf).argmax(axis=1)
-        better = float(worth[rows, drafters, lengths].sum()) / options.seconds(c, drafters, lengths)
-        if better <= merit * (1 + _SAME):
-            return options.choice(*best, merit)
-        best, merit = (c, drafters, lengths), better
+    wanted = np.zeros(len(batch.gains)) if needs is None else needs
+    return _choice(batch, most_goodput(*batch.arrays(), wanted))
 
 
 def choose_latency(batch: Batch) -> Choice:
-    """The choice with the least expected time a token, as a mean over the requests, exactly.
+    """The choice with the least expected time a token, as a mean over the requests, exactly."""
+    return _choice(batch, _least_latency(*batch.arrays()))
 
-    That time is the step's, divided by what the request is expected to emit. So it is a product of two sums over
-    requests, seconds and tokens to the power of -1, whose minimum is a corner of the convex hull of what can be had
-    (the product is quasi-concave). Each request's own corners, taken in the order of their slopes, give those of all
-    together: O(requests * k_max * log) for each of the caps.
-    """
-    options, requests = _Options.of(batch), len(batch.gains)
-    if not requests:
-        return options.choice(*options.none, 0.0)
-    best, merit = options.none, 1.0 / options.start[0]
-    for c, start in enumerate(options.start):
-        seconds, slowness, picks = _corners(options, c)
-        product = (start + seconds) * slowness / requests
-        at = int(product.argmin())
-        if 1.0 / product[at] > merit * (1 + _SAME):
-            picked = np.zeros(requests, np.int64)
-            for request, option in picks[:at]:
-                picked[request] = option
-            best, merit = (c, *np.divmod(picked, len(options.lengths))), 1.0 / float(product[at])
-    return options.choice(*best, merit)
+
+def _choice(batch: Batch, found: Found) -> Choice:
+    c, drafters, lengths, emitted, seconds, merit = found
+    return Choice(tuple(drafters.tolist()), tuple(lengths.tolist()), batch.asked[c], emitted, seconds, merit)
 
 
 def within(choice: Choice, gains: Floats, room: int) -> Choice:
@@ -136,94 +144,6 @@ def within(choice: Choice, gains: Floats, room: int) -> Choice:
     return dataclasses.replace(choice, lengths=tuple(left.tolist()), emitted=emitted)
 
 
-@dataclass(frozen=True, eq=False)
-class _Options:
-    """What requests may take, what it brings and costs."""
-
-    caps: list[Caps]
-    start: Floats  # [caps] seconds of the step without verification
-    runs: Ints  # [caps] 1 where the neural drafter drafts
-    within: Ints  # [caps, DRAFTERS] longest draft
-    lengths: Ints  # [k_max + 1]
-    emitted: Floats  # [requests, DRAFTERS, k_max + 1] expected tokens, the one that comes anyway among them
-    costs: Floats  # [2, requests, DRAFTERS, k_max + 1] seconds, without neural drafter and with it
-    allowed: npt.NDArray[np.bool_]  # [requests, DRAFTERS, k_max + 1]
-
-    @classmethod
-    def of(cls, batch: Batch) -> "_Options":
-        requests, _, k_max = batch.gains.shape
-        base, model, unread = batch.base, batch.model, batch.unread
-        asked = _all_caps(batch.limits) if batch.caps is None else list(batch.caps)
-        neural, drafted = np.array([c.neural for c in asked]), np.array([c.model for c in asked])
-        start = np.array([model.predict(with_drafts(base, 0, c)) for c in asked])
-        # A draft costs more where the neural drafter reads it, too.
-        each = [model.predict(with_drafts(base, 1, c)) - model.predict(with_drafts(base, 0, c)) for c in _PAIR]
-        lengths = np.arange(k_max + 1)
-        extra = np.zeros((requests, DRAFTERS, k_max + 1))  # seconds beside verification
-        extra[:, MODEL, 1:] = model.reading * (np.zeros((requests, 1)) if unread is None else unread[:, None])
-        return cls(
-            caps=asked,
-            start=start,
-            runs=(neural > 0).astype(np.int64),
-            within=np.stack([neural, np.full_like(neural, k_max), drafted], axis=1),
-            lengths=lengths,
-            emitted=1 + np.concatenate([np.zeros((requests, DRAFTERS, 1)), batch.gains.cumsum(axis=2)], axis=2),
-            costs=np.array(each)[:, None, None, None] * lengths + extra,
-            allowed=lengths <= batch.limits[..., None],
-        )
-
-    @property
-    def none(self) -> "tuple[int, Ints, Ints]":
-        """No drafts with the first of the caps."""
-        nothing = np.zeros(len(self.emitted), np.int64)
-        return 0, nothing, nothing
-
-    def seconds(self, c: int, drafters: Ints, lengths: Ints) -> float:
-        """Of the step in which each request takes `lengths` drafts of `drafters`."""
-        rows = np.arange(len(drafters))
-        return float(self.start[c] + self.costs[self.runs[c], rows, drafters, lengths].sum())
-
-    def choice(self, c: int, drafters: Ints, lengths: Ints, merit: float) -> Choice:
-        emitted = float(self.emitted[np.arange(len(drafters)), drafters, lengths].sum())
-        seconds = self.seconds(c, drafters, lengths)
-        return Choice(tuple(drafters.tolist()), tuple(lengths.tolist()), self.caps[c], emitted, seconds, float(merit))
-
-
-def _corners(options: _Options, c: int) -> tuple[Floats, Floats, list[tuple[int, int]]]:
-    """Seconds beside the start and sum of 1 / tokens at each corner, from no draft on; what is taken on the way there.
-
-    That is one (request, drafter * (k_max + 1) + length) a corner after the first, in place of what it took before.
-    """
-    requests = len(options.emitted)
-    usable = options.allowed & (options.lengths <= options.within[c][:, None])
-    x = np.where(usable, options.costs[options.runs[c]], np.inf).reshape(requests, -1)
-    y = np.where(usable, 1.0 / options.emitted, np.inf).reshape(requests, -1)
-    at, rows, walk = np.zeros(requests, np.int64), np.arange(requests), []
-    while len(rows):
-        dx, dy = x[rows] - x[rows, at[rows]][:, None], y[rows] - y[rows, at[rows]][:, None]
-        with np.errstate(invalid="ignore", divide="ignore"):
-            slope = np.where(dy < 0, np.where(dx > 0, dy / dx, -np.inf), np.inf)
-        # Steepest; of what is free the best.
-        steepest = slope.min(axis=1, keepdims=True)
-        to = np.where(slope == steepest, dy, np.inf).argmin(axis=1)
-        moves = np.flatnonzero(steepest[:, 0] < 0)
-        rows, to = rows[moves], to[moves]
-        walk += list(zip(steepest[moves, 0], rows, to, dx[moves, to], dy[moves, to], strict=True))
-        at[rows] = to
-    walk.sort(key=lambda move: move[0])
-    seconds = np.cumsum([0.0, *(move[3] for move in walk)])
-    slowness = np.cumsum([float(requests), *(move[4] for move in walk)])
-    return seconds, slowness, [(int(move[1]), int(move[2])) for move in walk]
-
-
-_PAIR = (Caps(0), Caps(1))
-
-
-def _all_caps(limits: Ints) -> list[Caps]:
-    neural, drafted = (range(int(limits[:, drafter].max(initial=0)) + 1) for drafter in (NEURAL, MODEL))
-    return [Caps(n, m) for n in neural for m in drafted]
-
-
 def with_drafts(base: StepWork, drafts: int, caps: Caps, model_read: int = 0) -> StepWork:
     """The work of `base` when `drafts` tokens are verified and the drafters draft up to `caps` for each request.
 
@@ -238,3 +158,166 @@ def with_drafts(base: StepWork, drafts: int, caps: Caps, model_read: int = 0) ->
         model_read=model_read,
         model_more=max(caps.model - 1, 0),
     )
+
+
+def compile_kernels() -> None:
+    """Compile the inner loops now (seconds, once per machine) instead of in the first step that could draft."""
+    costs = StepTimeModel.known(dict.fromkeys(COSTS, 1.0))
+    one = Batch(np.ones((1, DRAFTERS, 1)), np.ones((1, DRAFTERS), np.int64), StepWork(1, 0, 0, 0, 0, 0), costs)
+    choose(one)
+    choose_latency(one)
+
+
+@njit(cache=True)
+def most_goodput(gains: Floats, limits: Ints, unread: Floats, step: Step, needs: Floats) -> Found:
+    """`choose` on arrays: index of the caps, drafters, lengths, expected tokens, expected seconds, merit.
+
+    Dinkelbach's method (1967): at a given price of a second each request's best option is its own affair, and the price
+    at which the whole is worth nothing is the goodput. A round takes O(requests * k_max * caps).
+    """
+    requests = len(gains)
+    drafters, lengths = np.zeros(requests, np.int64), np.zeros(requests, np.int64)
+    best_c, best_drafters, best_lengths = 0, drafters.copy(), lengths.copy()
+    best_tokens, best_seconds, worth = float(requests), _start(step, 0), 0.0
+    for request in range(requests):
+        worth += _worth(1.0, needs[request])
+    merit = worth / best_seconds
+    while True:
+        top, top_c, top_worth, top_tokens, top_seconds = -np.inf, 0, 0.0, 0.0, 1.0
+        top_drafters, top_lengths = best_drafters, best_lengths
+        for c in range(len(step.caps)):
+            each, seconds = _each(step, c), _start(step, c)
+            tokens, worth = 0.0, 0.0
+            for request in range(requests):
+                its_tokens, its_seconds, its_worth = 1.0, 0.0, _worth(1.0, needs[request])
+                drafters[request], lengths[request] = 0, 0
+                for drafter in range(DRAFTERS):
+                    gained, reading = 1.0, _reading(step, unread[request], drafter)
+                    for j in range(_longest(limits[request, drafter], step.caps[c], drafter)):
+                        gained += gains[request, drafter, j]
+                        time, value = reading + each * (j + 1), _worth(gained, needs[request])
+                        if value - merit * time > its_worth - merit * its_seconds:
+                            its_tokens, its_seconds, its_worth = gained, time, value
+                            drafters[request], lengths[request] = drafter, j + 1
+                tokens += its_tokens
+                worth += its_worth
+                seconds += its_seconds
+            if worth - merit * seconds > top:
+                top, top_c, top_worth, top_tokens, top_seconds = worth - merit * seconds, c, worth, tokens, seconds
+                top_drafters, top_lengths = drafters.copy(), lengths.copy()
+        if top_worth <= merit * top_seconds * (1 + _SAME):
+            return best_c, best_drafters, best_lengths, best_tokens, best_seconds, merit
+        best_c, best_drafters, best_lengths = top_c, top_drafters, top_lengths
+        best_tokens, best_seconds, merit = top_tokens, top_seconds, top_worth / top_seconds
+
+
+@njit(cache=True)
+def _least_latency(gains: Floats, limits: Ints, unread: Floats, step: Step) -> Found:
+    """`choose_latency` on arrays; arguments and result as in `most_goodput`.
+
+    A request's time a token is the step's, divided by what the request is expected to emit. So the mean is a product of
+    two sums over requests, seconds and tokens to the power of -1, whose minimum is a corner of the convex hull of what
+    can be had (the product is quasi-concave). Each request's own corners, taken in the order of their slopes, give
+    those of all together: O(requests * k_max * log) for each of the caps.
+    """
+    requests, k_max = len(gains), gains.shape[2]
+    drafters, lengths = np.zeros(requests, np.int64), np.zeros(requests, np.int64)
+    best_c, best_seconds = 0, _start(step, 0)
+    merit = 1.0 / best_seconds if requests else 0.0
+    way = np.zeros((requests * DRAFTERS * k_max, 5))
+    for c in range(len(step.caps)) if requests else range(0):
+        moves = 0
+        for request in range(requests):
+            mine = _corners(gains[request], limits[request], unread[request], step, c)
+            way[moves : moves + len(mine), 1:] = mine
+            way[moves : moves + len(mine), 0] = request
+            moves += len(mine)
+        order = np.argsort(way[:moves, 1])
+        seconds, slowness = _start(step, c), float(requests)
+        taken, least, least_seconds = 0, seconds * slowness, seconds
+        for i in range(moves):
+            seconds += way[order[i], 3]
+            slowness += way[order[i], 4]
+            if seconds * slowness < least:
+                taken, least, least_seconds = i + 1, seconds * slowness, seconds
+        if requests / least > merit * (1 + _SAME):
+            best_c, best_seconds, merit = c, least_seconds, requests / least
+            drafters[:], lengths[:] = 0, 0
+            for i in order[:taken]:
+                request, option = int(way[i, 0]), int(way[i, 2])
+                drafters[request], lengths[request] = option // (k_max + 1), option % (k_max + 1)
+    tokens = float(requests)
+    for request in range(requests):
+        tokens += gains[request, drafters[request], : lengths[request]].sum()
+    return best_c, drafters, lengths, tokens, best_seconds, merit
+
+
+@njit(cache=True)
+def _corners(gains: Floats, limits: Ints, unread: float, step: Step, c: int) -> Floats:
+    """One request's way along the hull, from no draft on: [moves, (slope, option, seconds, 1 / tokens)].
+
+    Options are drafter * (k_max + 1) + length; seconds and 1 / tokens are what the move adds.
+    """
+    k_max = gains.shape[1]
+    options = DRAFTERS * (k_max + 1)
+    x, y = np.full(options, np.inf), np.full(options, np.inf)
+    x[0], y[0] = 0.0, 1.0
+    for drafter in range(DRAFTERS):
+        tokens, reading = 1.0, _reading(step, unread, drafter)
+        for j in range(_longest(limits[drafter], step.caps[c], drafter)):
+            tokens += gains[drafter, j]
+            x[drafter * (k_max + 1) + j + 1] = reading + _each(step, c) * (j + 1)
+            y[drafter * (k_max + 1) + j + 1] = 1.0 / tokens
+    way, moves, at = np.zeros((DRAFTERS * k_max, 4)), 0, 0
+    while True:
+        to, steepest = -1, 0.0
+        for option in range(options):
+            if y[option] < y[at]:
+                dx, dy = x[option] - x[at], y[option] - y[at]
+                slope = dy / dx if dx > 0 else -np.inf
+                # Steepest; of what is free the best.
+                if slope < steepest or (slope == steepest and y[option] < y[to]):
+                    to, steepest = option, slope
+        if to < 0:
+            return way[:moves]
+        way[moves, 0], way[moves, 1], way[moves, 2], way[moves, 3] = steepest, to, x[to] - x[at], y[to] - y[at]
+        moves, at = moves + 1, to
+
+
+@njit(cache=True)
+def _start(step: Step, c: int) -> float:
+    """Seconds of the step without verification."""
+    costs, base, neural, drafted = step.costs, step.base, step.caps[c, 0], step.caps[c, 1]
+    seconds = 0.0
+    for part in (CONSTANT, REQUEST, PREFILL, CONTEXT):
+        seconds += costs[part] * base[part]
+    if neural:
+        seconds += (
+            costs[FIRST_PASS] + costs[READ] * (base[REQUEST] + base[PREFILL]) + costs[FURTHER_PASS] * (neural - 1)
+        )
+    if drafted:
+        seconds += costs[MODEL_FIRST] + costs[MODEL_FURTHER] * (drafted - 1)
+    return float(seconds)
+
+
+@njit(cache=True)
+def _each(step: Step, c: int) -> float:
+    """Seconds that a draft adds: its verification, and where the neural drafter runs its reading."""
+    return float(step.costs[DRAFT] + step.costs[READ]) if step.caps[c, 0] else float(step.costs[DRAFT])
+
+
+@njit(cache=True)
+def _reading(step: Step, unread: float, drafter: int) -> float:
+    """Seconds that the draft model reads before it drafts for a request."""
+    return float(step.costs[MODEL_READ] * unread) if drafter == MODEL else 0.0
+
+
+@njit(cache=True)
+def _longest(limit: int, caps: Ints, drafter: int) -> int:
+    """Longest draft of a drafter within the caps."""
+    return limit if drafter == TABLE else min(limit, caps[0] if drafter == NEURAL else caps[1])
+
+
+@njit(cache=True)
+def _worth(tokens: float, need: float) -> float:
+    return tokens + (LATE - 1) * min(tokens, max(need, 0.0))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from aurora.bench import Load
     from aurora.config import AuroraConfig
 
 
@@ -194,23 +195,44 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
     MODEL is not among them: like that of `aurora serve` it is found by `split_model`.
     """
     add = parser.add_argument
-    add("--dataset", metavar="DATASET", help="JSONL file or `datasets` name; default: a dozen prompts of our own")
+    add(
+        "--dataset",
+        dest="datasets",
+        action="append",
+        default=[],
+        metavar="DATASET",
+        help="JSONL file or `datasets` name, repeatable; default: a dozen prompts of our own",
+    )
     add("--variant", help="only rows of this variant")
     add("--drafter", type=Path, metavar="DIR", help="published drafter to speculate with; default: the untrained one")
-    add("--concurrency", type=_counts, default=(1, 4), metavar="N,N", help="requests at once (default: 1,4)")
+    add(
+        "--concurrency",
+        dest="loads",
+        type=_loads,
+        default="1,4",
+        metavar="N,N[@T]",
+        help="requests at once, and their temperature where it is not 0 (default: %(default)s)",
+    )
     add("--rounds", type=int, default=5, metavar="N", help="default: %(default)s")
     add("--requests", type=int, default=4, metavar="N", help="of an arm in a round, times the concurrency (default: 4)")
     add("--max-tokens", type=int, default=64, metavar="N", help="of each answer (default: %(default)s)")
-    add("--temperature", type=float, default=0.0, metavar="T", help="default: %(default)s")
     add(
         "--arms",
         type=_names,
         default=("fixed-3", "vllm-ngram", "portfolio"),
         metavar="ARM,ARM",
         help=(
-            "beside no speculation: fixed-K (1 to 16 drafts for all), vllm-ngram, table, portfolio, learning "
-            "(default: fixed-3,vllm-ngram,portfolio)"
+            "beside no speculation: fixed-K (1 to 16 drafts of the neural drafter for all), table-K (of the n-gram "
+            "table), vllm-ngram, vllm-batch-table, table, portfolio, learning (default: fixed-3,vllm-ngram,portfolio)"
         ),
+    )
+    add(
+        "--batch-table",
+        type=_pairs,
+        default="1:4,2:3,4:2,8:1,12:0",
+        metavar="N:K,N:K",
+        help="lengths of vllm-batch-table, each from a number of requests on (default: %(default)s, which `aurora "
+        "simulate` finds for the default model on two cores)",
     )
     add("--json", dest="json_file", type=Path, metavar="FILE", help="keep every round there; a run cut off goes on")
     add("--results", type=Path, metavar="FILE", help="put rows of results there")
@@ -385,5 +407,13 @@ def _add_trace_options(add: Callable[..., object]) -> None:
     add("--json", dest="json_file", type=Path, metavar="FILE", help="write the numbers there too")
 
 
-def _counts(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
+def _pairs(text: str) -> tuple[tuple[int, int], ...]:
+    """`1:4,8:1` as ((1, 4), (8, 1))."""
+    return tuple((int(n), int(k)) for n, _, k in (part.partition(":") for part in text.split(",")))
+
+
+def _loads(text: str) -> "tuple[Load, ...]":
+    """`1,4@0.7` as requests at once and their temperature."""
+    from aurora.bench import Load
+
+    return tuple(Load(int(n), float(t or 0)) for n, _, t in (part.partition("@") for part in text.split(",")))

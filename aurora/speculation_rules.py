@@ -1,6 +1,6 @@
 """Rules for speculation lengths, compiled for simulations: none, the same for all, by batch size, SmartSpec, goodput.
 
-GOODPUT is what `aurora.controller` does with a single drafter: the same estimates, the same exact choice, the same
+GOODPUT is what `aurora.controller` does with a single drafter: the same choice, the same estimates and the same
 bursts of exploration (tested against it). HINDSIGHT knows
 each answer's own acceptance rates from the start, ORACLE which drafts are right: no rule can beat it.
 """
@@ -13,6 +13,8 @@ from numba import njit
 
 from aurora.acceptance import OPTIMISM, REQUEST_MEMORY, REQUEST_PRIOR, SHARED_MEMORY, SHARED_PRIOR
 from aurora.controller import BURST, WORTH_READING
+from aurora.goodput import DRAFTERS, NEURAL, TABLE, Step, most_goodput
+from aurora.step_time import CONSTANT, CONTEXT, DRAFT, FIRST_PASS, FURTHER_PASS, PREFILL, READ, REQUEST
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -21,7 +23,6 @@ FIXED, SMARTSPEC, GOODPUT, HINDSIGHT, ORACLE = range(5)
 # Places in Rule.memory. RAN: the neural drafter ran in this step; AHEAD: prompt tokens that the step will read.
 CREDIT, EXPLORING, RATE, RAN, AHEAD = range(5)
 _SMARTSPEC_MEMORY = 0.9  # of the acceptance rate, at each verification
-_SAME = 1e-9
 
 
 class Rule(NamedTuple):
@@ -30,7 +31,7 @@ class Rule(NamedTuple):
     kind: int
     k_max: int
     by_batch: Ints  # [max_seqs + 1] of FIXED: length for each number of decoding requests
-    costs: Floats  # [8] seconds, the first of `aurora.step_time.COSTS`
+    costs: Floats  # seconds of `aurora.step_time.COSTS`; those of the draft model may be left out
     passes: bool  # whether drafts cost passes of a neural drafter
     exploration: float  # share of the steps
     right: npt.NDArray[np.uint8]  # [places] drafts that are right
@@ -142,7 +143,7 @@ def _smartspec(slots: Slots, decoding: Ints, rule: Rule) -> int:
     best, best_goodput = 0, requests / plain
     for k in range(1, rule.k_max + 1):
         emitted = requests * (1 - rate ** (k + 1)) / (1 - rate)
-        seconds = plain + _pass_seconds(k if rule.passes else 0, requests, rule) + requests * k * _each(rule, True)
+        seconds = plain + _pass_seconds(k if rule.passes else 0, requests, rule) + requests * k * _each(rule)
         if emitted / seconds > best_goodput:
             best, best_goodput = k, emitted / seconds
     return best
@@ -194,7 +195,7 @@ def _invests(slots: Slots, running: Ints, rule: Rule) -> bool:
     seconds, emitted = plain + _pass_seconds(passes, len(running), rule), float(len(running))
     gains = _expected(slots, running, rule)
     for i, slot in enumerate(running):
-        seconds += slots.length[slot] * _each(rule, True)
+        seconds += slots.length[slot] * _each(rule)
         emitted += gains[i, : slots.length[slot]].sum()
         slots.length[slot] = 0
     return bool(emitted / seconds > WORTH_READING * len(running) / plain)
@@ -221,9 +222,7 @@ def _expected(slots: Slots, which: Ints, rule: Rule) -> Floats:
 @njit(cache=True)
 def _plain_seconds(slots: Slots, decoding: Ints, rule: Rule) -> float:
     """Time of a step of these requests without drafts, as far as the rule sees it."""
-    context = slots.context[decoding].sum()
-    prompts = rule.costs[3] * _ahead(rule)
-    return float(rule.costs[0] + rule.costs[1] * len(decoding) + rule.costs[4] * context * 1e-3 + prompts)
+    return float((rule.costs * _base(slots, decoding, rule)).sum())
 
 
 @njit(cache=True)
@@ -237,54 +236,38 @@ def _pass_seconds(passes: int, requests: int, rule: Rule) -> float:
     """Time of the drafter's passes, drafts not counted."""
     if passes == 0:
         return 0.0
-    return float(rule.costs[5] + rule.costs[6] * (requests + _ahead(rule)) + rule.costs[7] * (passes - 1))
+    return float(
+        rule.costs[FIRST_PASS] + rule.costs[READ] * (requests + _ahead(rule)) + rule.costs[FURTHER_PASS] * (passes - 1)
+    )
 
 
 @njit(cache=True)
-def _each(rule: Rule, drafting: bool) -> float:
+def _each(rule: Rule) -> float:
     """Time that a draft adds: its verification, and that the drafter reads it."""
-    return float(rule.costs[2] + (rule.costs[6] if drafting and rule.passes else 0.0))
+    return float(rule.costs[DRAFT] + (rule.costs[READ] if rule.passes else 0.0))
 
 
 @njit(cache=True)
 def _best(slots: Slots, which: Ints, gains: Floats, limits: Ints, rule: Rule) -> int:
-    """Lengths of the best goodput, exactly (`aurora.goodput.choose`); writes them, returns the passes."""
-    requests = len(which)
-    plain = _plain_seconds(slots, which, rule)
-    best = np.zeros(requests, np.int64)
-    goodput, passes = requests / plain, 0
-    lengths = np.zeros(requests, np.int64)
-    longest = limits.max() if requests else 0
-    first = 1 if rule.passes else rule.k_max
-    improved = longest > 0
-    while improved:
-        improved = False
-        found, found_goodput, found_cap = best, goodput, passes
-        price, top = goodput, 0.0
-        for cap in range(first, (longest if rule.passes else rule.k_max) + 1):
-            seconds = plain + _pass_seconds(cap if rule.passes else 0, requests, rule)
-            emitted, each = float(requests), _each(rule, True)
-            for i in range(requests):
-                lengths[i], gained = _longest_worth(gains[i], min(limits[i], cap), price * each)
-                emitted += gained
-                seconds += lengths[i] * each
-            profit = emitted - price * seconds
-            if profit > top:
-                top = profit
-                found, found_goodput, found_cap = lengths.copy(), emitted / seconds, cap if rule.passes else 0
-        if found_goodput > goodput * (1 + _SAME):
-            best, goodput, passes, improved = found, found_goodput, found_cap, True
-    for i, slot in enumerate(which):
-        slots.length[slot] = best[i]
-    return passes
+    """Lengths of the best goodput (`aurora.goodput.most_goodput`); writes them, returns the passes."""
+    requests, drafter = len(which), NEURAL if rule.passes else TABLE
+    offered, allowed = np.zeros((requests, DRAFTERS, rule.k_max)), np.zeros((requests, DRAFTERS), np.int64)
+    offered[:, drafter], allowed[:, drafter] = gains, limits
+    longest = limits.max() if requests and rule.passes else 0
+    caps = np.zeros((longest + 1, 2), np.int64)
+    caps[:, 0] = np.arange(longest + 1)
+    none = np.zeros(requests)
+    c, _, lengths, _, _, _ = most_goodput(
+        offered, allowed, none, Step(rule.costs, _base(slots, which, rule), caps), none
+    )
+    slots.length[which] = lengths
+    return int(caps[c, 0])
 
 
 @njit(cache=True)
-def _longest_worth(gains: Floats, limit: int, price: float) -> tuple[int, float]:
-    """The length up to `limit` with the best gain after `price` a draft, and its gain."""
-    best, best_gain, best_value, gain = 0, 0.0, 0.0, 0.0
-    for j in range(limit):
-        gain += gains[j]
-        if gain - price * (j + 1) > best_value:
-            best, best_gain, best_value = j + 1, gain, gain - price * (j + 1)
-    return best, best_gain
+def _base(slots: Slots, decoding: Ints, rule: Rule) -> Floats:
+    """Work of a step of these requests without drafts, as far as the rule sees it (`StepWork.vector`)."""
+    base = np.zeros(len(rule.costs))
+    base[CONSTANT], base[REQUEST] = 1.0, len(decoding)
+    base[PREFILL], base[CONTEXT] = _ahead(rule), slots.context[decoding].sum() * 1e-3
+    return base

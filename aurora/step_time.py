@@ -1,6 +1,5 @@
 """How long an engine step takes: linear in what the step computes, fitted online from the engine's own steps."""
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -56,9 +55,9 @@ class StepWork:
         )
 
 
-_READS_NONE = StepWork(1, 0, 0, 0, 0, 0, model_first=1)
-_READS_ONE = dataclasses.replace(_READS_NONE, model_read=1)
-
+# Places in StepWork.vector and in StepTimeModel.now.
+CONSTANT, REQUEST, DRAFT, PREFILL, CONTEXT, FIRST_PASS, READ, FURTHER_PASS = range(8)
+MODEL_FIRST, MODEL_READ, MODEL_FURTHER = range(8, 11)
 MODEL_COSTS = ("model_first_pass", "model_read_token", "model_further_pass")
 COSTS = (
     "constant",
@@ -122,19 +121,18 @@ class StepTimeModel:
     def costs(self) -> dict[str, float]:
         """Seconds by the names of COSTS, without MODEL_COSTS while no draft model ran; empty before any observation."""
         names = COSTS if self._model_seen else COSTS[: -len(MODEL_COSTS)]
-        now = self._costs * np.exp(self._pace) if self._costs is not None else np.zeros(0)
-        return dict(zip(names, now.tolist(), strict=False))
+        return dict(zip(names, self.now.tolist(), strict=False)) if self.ready else {}
 
     @property
-    def reading(self) -> float:
-        """Seconds that the draft model takes to read a token. Raises ValueError before the first observation."""
-        return self.predict(_READS_ONE) - self.predict(_READS_NONE)
+    def now(self) -> Floats:
+        """Seconds of each part of a step at the pace of late, [COSTS]. Raises ValueError before any observation."""
+        if self._costs is None:
+            raise ValueError("no step has been observed yet: call observe() first")
+        return self._costs * float(np.exp(self._pace))
 
     def predict(self, work: StepWork) -> float:
         """Seconds that `work` will take. Raises ValueError before the first observation."""
-        if self._costs is None:
-            raise ValueError("no step has been observed yet: call observe() first")
-        return float(self._costs @ work.vector() * np.exp(self._pace))
+        return float(self.now @ work.vector())
 
     def observe(self, work: StepWork, seconds: float) -> None:
         """Learn from a finished step."""

@@ -9,7 +9,7 @@ from threading import Thread
 
 import pytest
 
-from aurora.bench import ARMS, BASELINE, BenchOptions, BenchResult, Measurement, arms, measure, measured
+from aurora.bench import ARMS, BASELINE, BenchOptions, BenchResult, Cell, Load, Measurement, arms, measure, measured
 from aurora.config import AuroraConfig, UserError
 from aurora.options import add_config_options, read_config
 from aurora.prompts import Conversation
@@ -26,7 +26,7 @@ def test_arms_are_serve_commands_with_one_difference(tmp_path: Path) -> None:
     options = BenchOptions(drafter=tmp_path, arms=(*ARMS, "fixed-7"), vllm_args=("--max-model-len=512",))
     chosen = arms(options)
     assert list(chosen) == [BASELINE, *ARMS, "fixed-7"]
-    of_vllm = {BASELINE, "vllm-ngram"}
+    of_vllm = {BASELINE, "vllm-ngram", "vllm-batch-table"}
     for name, flags in chosen.items():
         assert "--max-model-len=512" in flags
         assert (f"--drafter={tmp_path}" in flags) == (name not in of_vllm)
@@ -35,6 +35,10 @@ def test_arms_are_serve_commands_with_one_difference(tmp_path: Path) -> None:
     assert read_flags(chosen["fixed-3"]).speculation.fixed_k == 3
     assert (s := read_flags(chosen["fixed-7"]).speculation).fixed_k == s.k_max == 7
     assert read_flags(chosen["table"]).speculation.drafters == ("ngram",)
+    assert (s := read_flags(chosen["table-3"]).speculation).drafters == ("ngram",)
+    assert s.fixed_k == 3
+    table = read_flags(chosen["vllm-batch-table"]).vllm_args
+    assert any('"num_speculative_tokens_per_batch_size": [[1, 1, 4], [2, 2, 3]' in argument for argument in table)
     assert any("prompt_lookup_max" in argument for argument in read_flags(chosen["vllm-ngram"]).vllm_args)
 
 
@@ -44,16 +48,22 @@ def test_an_unknown_arm_is_named() -> None:
             BenchOptions(arms=("table", unknown))
     with pytest.raises(UserError, match="--fixed-k: every arm would have it; name arms instead"):
         BenchOptions(vllm_args=("--fixed-k=3",))
-    with pytest.raises(UserError, match=r"--temperature -1\.0: must not be negative"):
-        BenchOptions(temperature=-1.0)
+    for load in (Load(0), Load(1, -1.0)):
+        with pytest.raises(UserError, match=f"--concurrency {load.concurrency}@{load.temperature:g}: at least 1"):
+            BenchOptions(loads=(Load(1), load))
+    for table in ((), ((2, 1),), ((1, 3), (1, 2)), ((1, -1),)):
+        with pytest.raises(UserError, match=r"--batch-table .*: must rise from 1"):
+            BenchOptions(batch_table=table)
+    with pytest.raises(UserError, match="--cell x: names one data set; there are 2"):
+        BenchOptions(datasets=("a.jsonl", "b.jsonl"), cell="x")
 
 
 def test_ratios_compare_within_a_round() -> None:
     speeds = {(BASELINE, 1): 10.0, ("x", 1): 20.0, (BASELINE, 2): 100.0, ("x", 2): 150.0}
     result = BenchResult(
-        [Measurement(arm, 1, r, speed, None, 5, (0.5, 1.0 / speed)) for (arm, r), speed in speeds.items()]
+        [Measurement("d", 1, 0.0, arm, r, speed, None, 5, (0.5, 1.0 / speed)) for (arm, r), speed in speeds.items()]
     )
-    assert result.ratios("x", 1) == [2.0, 1.5]
+    assert result.ratios("x", Cell("d", 1, 0.0)) == [2.0, 1.5]
     rows = {row["arm"]: row for row in result.rows()}
     assert rows["x"]["ratio"] == 1.75
     assert rows[BASELINE]["ratio"] == 1.0
@@ -62,20 +72,22 @@ def test_ratios_compare_within_a_round() -> None:
 
 def test_published_rows_compare_with_both_baselines() -> None:
     speeds = {BASELINE: 10.0, "vllm-ngram": 20.0, "portfolio": 30.0}
-    result = BenchResult([Measurement(arm, 4, 1, speed, None, 5, (1.0, 2.0, speed)) for arm, speed in speeds.items()])
+    result = BenchResult(
+        [Measurement("d", 4, 0.5, arm, 1, speed, None, 5, (1.0, 2.0, speed)) for arm, speed in speeds.items()]
+    )
     found = {(row.policy, row.metric): (row.value, row.baseline) for row in result.published("live", "sql")}
+    assert found["portfolio", "ratio_to_best_fixed"] == (1.5, 20.0)
     assert found["portfolio", "speedup_over_vllm_ngram"] == (1.5, 20.0)
     assert found["portfolio", "speedup_over_no_speculation"] == (3.0, 10.0)
     assert found["no_speculation", "tokens_per_s"] == (10.0, 10.0)
     assert ("no_speculation", "speedup_over_vllm_ngram") not in found
     assert found["portfolio", "latency_p50_s"] == (2.0, 2.0)
     assert found["vllm_ngram", "latency_p99_s"] == (pytest.approx(19.64), pytest.approx(9.84))
-    assert {row.cell for row in result.published("live", "sql")} == {"sql, 4 at once"}
+    assert {row.cell for row in result.published("live", "sql")} == {"sql, 4 at once, temperature 0.5"}
+    assert {row.cell for row in result.published("live")} == {"d, 4 at once, temperature 0.5"}
 
 
-@pytest.mark.parametrize(
-    ("field", "value"), [("rounds", 0), ("concurrency", (1, 0)), ("max_tokens", -1), ("requests", 0)]
-)
+@pytest.mark.parametrize(("field", "value"), [("rounds", 0), ("max_tokens", -1), ("requests", 0)])
 def test_values_that_make_no_sense(field: str, value: object) -> None:
     with pytest.raises(UserError, match=f"--{field.replace('_', '-')} .* above 0"):
         BenchOptions(**{field: value})
@@ -85,6 +97,7 @@ class _Endpoint(BaseHTTPRequestHandler):
     """Enough of the OpenAI API to be measured; notes every prompt."""
 
     seen: list[tuple[int, str]]
+    temperatures: set[float]
 
     def do_GET(self) -> None:
         self._answer(json.dumps({"object": "list", "data": [{"id": "m"}]}) if "models" in self.path else "")
@@ -92,6 +105,7 @@ class _Endpoint(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.seen.append((self.server.server_address[1], body["messages"][-1]["content"]))
+        self.temperatures.add(body["temperature"])
         choice = {"index": 0, "delta": {"content": "x"}, "finish_reason": "stop"}
         usage = {"prompt_tokens": 1, "completion_tokens": 7, "total_tokens": 8}
         chunks = [{"choices": [choice]}, {"choices": [], "usage": usage}]
@@ -112,7 +126,7 @@ class _Endpoint(BaseHTTPRequestHandler):
 @pytest.fixture
 def urls() -> Iterator[dict[str, str]]:
     """Two endpoints: the baseline and x."""
-    _Endpoint.seen = []
+    _Endpoint.seen, _Endpoint.temperatures = [], set()
     servers = [ThreadingHTTPServer(("127.0.0.1", 0), _Endpoint) for _ in range(2)]
     for server in servers:
         Thread(target=server.serve_forever, daemon=True).start()
@@ -129,8 +143,8 @@ def _port(url: str) -> int:
 def test_every_arm_gets_the_same_prompts_in_turning_order(urls: dict[str, str]) -> None:
     prompts = [Conversation((f"p{i}",)) for i in range(5)]
     told: list[tuple[str, bool]] = []
-    options = BenchOptions(rounds=2, requests=2, concurrency=(1,))
-    result = asyncio.run(measure(urls, prompts, options, lambda name, yes: told.append((name, yes))))
+    options = BenchOptions(rounds=2, requests=2, loads=(Load(1),))
+    result = asyncio.run(measure(urls, {"d": prompts}, options, lambda name, yes: told.append((name, yes))))
     ports = [_port(url) for url in urls.values()]
     texts = {port: [text for p, text in _Endpoint.seen if p == port] for port in ports}
     assert texts[ports[0]] == texts[ports[1]] == ["p0", "p1", "p2", "p3", "p4", "p0"]
@@ -142,23 +156,26 @@ def test_every_arm_gets_the_same_prompts_in_turning_order(urls: dict[str, str]) 
     assert all(len(m.latency_s) == 2 and min(m.latency_s) > 0 for m in result.measurements)
 
 
-def test_what_one_concurrency_was_sent_is_not_sent_with_another(urls: dict[str, str]) -> None:
+def test_what_one_load_was_sent_is_not_sent_with_another(urls: dict[str, str]) -> None:
     """Answers that a table has learned would flatter it."""
-    prompts = [Conversation((f"p{i}",)) for i in range(20)]
-    asyncio.run(measure(urls, prompts, BenchOptions(rounds=1, requests=1, concurrency=(3, 1, 2))))
+    prompts = {name: [Conversation((f"{name}{i}",)) for i in range(20)] for name in "ab"}
+    options = BenchOptions(rounds=1, requests=1, loads=(Load(3), Load(1), Load(2, 0.5)))
+    result = asyncio.run(measure(urls, prompts, options))
     mine = [text for port, text in _Endpoint.seen if port == _port(urls["x"])]
-    assert sorted(mine, key=lambda text: int(text[1:])) == [f"p{i}" for i in range(12)]
+    assert sorted(mine, key=lambda text: (text[0], int(text[1:]))) == [f"{n}{i}" for n in "ab" for i in range(12)]
+    assert result.cells == [Cell(name, *load) for name in "ab" for load in options.loads]
+    assert _Endpoint.temperatures == {0.0, 0.5}
 
 
 def test_a_bench_that_was_cut_off_goes_on(urls: dict[str, str], tmp_path: Path) -> None:
     prompts = [Conversation((f"p{i}",)) for i in range(6)]
     file = tmp_path / "bench.json"
-    options = BenchOptions(rounds=1, requests=2, concurrency=(1,), json_file=file)
-    first = asyncio.run(measure(urls, prompts, options)).measurements
+    options = BenchOptions(rounds=1, requests=2, loads=(Load(1),), json_file=file)
+    first = asyncio.run(measure(urls, {"d": prompts}, options)).measurements
     more = replace(options, rounds=2)
     assert measured(more) == first
     _Endpoint.seen = []
-    result = asyncio.run(measure(urls, prompts, more, before=measured(more)))
+    result = asyncio.run(measure(urls, {"d": prompts}, more, before=measured(more)))
     warm_up, last = ["p0", "p1"], ["p4", "p5"]
     assert [text for _, text in _Endpoint.seen] == [*warm_up * 2, *last * 2], "the first round is not sent again"
     assert result.measurements[:2] == first

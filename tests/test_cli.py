@@ -176,8 +176,16 @@ def test_bench_takes_the_model_first_and_passes_other_flags_on(
     seen: list[bench.BenchOptions] = []
     monkeypatch.setattr(bench, "run", lambda options: seen.append(options) or 0)
     assert main(["bench"]) == 0
-    assert main(["bench", "m", "--rounds", "2", "--concurrency", "2,8", "--max-model-len", "512"]) == 0
+    mine = ("--rounds", "2", "--concurrency", "2,8@0.7", "--dataset", "a", "--dataset", "b", "--batch-table", "1:2,9:0")
+    assert main(["bench", "m", *mine, "--max-model-len", "512"]) == 0
     assert seen[0] == bench.BenchOptions()
-    assert seen[1] == bench.BenchOptions(model="m", rounds=2, concurrency=(2, 8), vllm_args=("--max-model-len", "512"))
+    assert seen[1] == bench.BenchOptions(
+        model="m",
+        datasets=("a", "b"),
+        rounds=2,
+        loads=(bench.Load(2), bench.Load(8, 0.7)),
+        batch_table=((1, 2), (9, 0)),
+        vllm_args=("--max-model-len", "512"),
+    )
     assert "--rounds 0" in fails(capsys, "bench", "--rounds", "0")
     assert "--scheduler-cls" in fails(capsys, "bench", "--scheduler-cls", "x")
