@@ -45,7 +45,7 @@ _CURVE_MEMORY = 0.9  # of what the table was worth in a request's earlier steps
 _DOMAIN_CURVE_MEMORY = 0.99
 WORTH_READING = 1.03  # times the merit without it that must come of the neural drafter once no request is cold
 _NEARLY_READ = 16.0  # unread tokens up to which the draft model goes along with a request at each step
-_CATCH_UP_STEPS = 32.0  # steps that reading more than that is an investment for
+INVESTED_STEPS = 32.0  # steps that reading more than that, or a prompt, is an investment for
 
 
 @dataclass(frozen=True)
@@ -299,7 +299,7 @@ class SpeculationController:
         limits[[v.request_id in self._cold for v in batch], NEURAL] = 0
         unread = np.array([self._unread(v) if self.model else 1 for v in batch], np.float64)
         # Beyond what comes with each step, reading is paid back over the steps that follow.
-        price = np.minimum(unread, _NEARLY_READ) + np.maximum(unread - _NEARLY_READ, 0.0) / _CATCH_UP_STEPS
+        price = np.minimum(unread, _NEARLY_READ) + np.maximum(unread - _NEARLY_READ, 0.0) / INVESTED_STEPS
         return _Known(batch, self._gains(batch), limits, warm_limits, price)
 
     def _choose(self, known: "_Known", limits: Ints) -> Choice:
@@ -308,7 +308,8 @@ class SpeculationController:
 
     def _best(self, views: list[RequestView], gains: Floats, limits: Ints, **known: Any) -> Choice:
         """What the objective says; known: `caps` and `unread` of `Batch`."""
-        base = dataclasses.replace(_plain_step(views), prefill_tokens=self._ahead.prefill_tokens)
+        # Reading a prompt is an investment: it is paid back over the steps that follow.
+        base = dataclasses.replace(_plain_step(views), prefill_tokens=self._ahead.prefill_tokens / INVESTED_STEPS)
         batch = Batch(gains, limits, base, self.step_time, **known)
         if self.objective == "latency":
             return choose_latency(batch)

@@ -2,7 +2,13 @@
 
 Goodput (SmartSpec, arXiv 2406.14066) = expected emitted tokens of the batch / time of the step that emits them. The
 step time is linear in what the step computes (`aurora.step_time`), which makes the best choice of all requests together
-easy to find. The inner loops are compiled by numba; `aurora.speculation_rules` simulates with the same.
+easy to find.
+
+Prompts that are read in the same step are left out of its time, except for what the neural drafter would read of them:
+they are read whatever is chosen, and no draft makes that shorter. If they counted, a second would look cheap in every
+step with a prompt, and drafts would be bought that cost more than the plain steps that they save.
+
+The inner loops are compiled by numba; `aurora.speculation_rules` simulates with the same.
 """
 
 import dataclasses
@@ -57,7 +63,7 @@ class Batch:
 
     gains: [requests, DRAFTERS, k_max] expected extra tokens of each draft position, by drafter.
     limits: [requests, DRAFTERS] longest draft that each request may have from each drafter.
-    base: the step without any draft and without drafting.
+    base: the step without any draft and without drafting; of prompts what the neural drafter would pay for in it.
     caps: what the drafters with passes may be asked for; None: everything from nothing to the highest limits.
     unread: [requests] tokens that the draft model reads if the request takes its drafts; None: none.
     """
@@ -100,7 +106,7 @@ class Choice:
     lengths: tuple[int, ...]
     caps: Caps  # what the two with passes must draft
     emitted: float  # expected tokens
-    seconds: float  # expected time
+    seconds: float  # expected time, without that of prompts
     merit: float  # what was maximised: goodput; with needs their worth / s; for latency 1 / (mean s a token)
 
     @property
@@ -286,10 +292,10 @@ def _corners(gains: Floats, limits: Ints, unread: float, step: Step, c: int) -> 
 
 @njit(cache=True)
 def _start(step: Step, c: int) -> float:
-    """Seconds of the step without verification."""
+    """Seconds of the step without verification and prompts."""
     costs, base, neural, drafted = step.costs, step.base, step.caps[c, 0], step.caps[c, 1]
     seconds = 0.0
-    for part in (CONSTANT, REQUEST, PREFILL, CONTEXT):
+    for part in (CONSTANT, REQUEST, CONTEXT):
         seconds += costs[part] * base[part]
     if neural:
         seconds += (

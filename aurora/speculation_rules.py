@@ -12,7 +12,7 @@ import numpy.typing as npt
 from numba import njit
 
 from aurora.acceptance import OPTIMISM, REQUEST_MEMORY, REQUEST_PRIOR, SHARED_MEMORY, SHARED_PRIOR
-from aurora.controller import BURST, WORTH_READING
+from aurora.controller import BURST, INVESTED_STEPS, WORTH_READING
 from aurora.goodput import DRAFTERS, NEURAL, TABLE, Step, most_goodput
 from aurora.step_time import CONSTANT, CONTEXT, DRAFT, FIRST_PASS, FURTHER_PASS, PREFILL, READ, REQUEST
 
@@ -189,11 +189,10 @@ def _best_as_expected(slots: Slots, decoding: Ints, rule: Rule) -> int:
 @njit(cache=True)
 def _invests(slots: Slots, running: Ints, rule: Rule) -> bool:
     """Whether the drafter would pay if no request were cold (`SpeculationController`)."""
-    limits = slots.limit[running]
-    passes = _best(slots, running, _expected(slots, running, rule), limits, rule)
+    gains = _expected(slots, running, rule)
+    passes = _best(slots, running, gains, slots.limit[running], rule)
     plain = _plain_seconds(slots, running, rule)
     seconds, emitted = plain + _pass_seconds(passes, len(running), rule), float(len(running))
-    gains = _expected(slots, running, rule)
     for i, slot in enumerate(running):
         seconds += slots.length[slot] * _each(rule)
         emitted += gains[i, : slots.length[slot]].sum()
@@ -221,14 +220,17 @@ def _expected(slots: Slots, which: Ints, rule: Rule) -> Floats:
 
 @njit(cache=True)
 def _plain_seconds(slots: Slots, decoding: Ints, rule: Rule) -> float:
-    """Time of a step of these requests without drafts, as far as the rule sees it."""
-    return float((rule.costs * _base(slots, decoding, rule)).sum())
+    """Time of a step of these requests without drafts and prompts."""
+    context = slots.context[decoding].sum() * 1e-3
+    return float(rule.costs[CONSTANT] + rule.costs[REQUEST] * len(decoding) + rule.costs[CONTEXT] * context)
 
 
 @njit(cache=True)
 def _ahead(rule: Rule) -> float:
-    """Prompt tokens that the rule counts in the step's time; SmartSpec's does not."""
-    return float(rule.memory[AHEAD]) if rule.kind in (GOODPUT, HINDSIGHT, ORACLE) else 0.0
+    """Prompt tokens that the drafter pays for in a step that reads them. Who is never cold need not invest in them."""
+    if rule.kind == GOODPUT:
+        return float(rule.memory[AHEAD]) / INVESTED_STEPS
+    return float(rule.memory[AHEAD]) if rule.kind in (HINDSIGHT, ORACLE) else 0.0
 
 
 @njit(cache=True)

@@ -26,7 +26,7 @@ class StepWork:
 
     requests: int  # requests that decode
     drafts: int  # drafted tokens to verify
-    prefill_tokens: int
+    prefill_tokens: float
     context_tokens: int  # tokens attended to, over all requests
     draft_first: int  # 1 if the drafter reads this step's tokens
     draft_more: int  # further drafter passes, one token a request each

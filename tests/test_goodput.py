@@ -114,6 +114,17 @@ def test_hopeless_drafts_are_not_made():
     assert choice.caps == Caps(0, 0)
 
 
+def test_prompts_in_the_step_make_no_second_cheap():
+    """Their time is spent whatever is chosen, so drafts that do not pay in a plain step do not pay beside a prompt."""
+    costs = _model([1.0, 0, 0.3, 0.01, 0, 0, 0.002, 0])
+    gains, limits = np.full((1, DRAFTERS, 1), 0.2), np.array([[1, 1, 0]])
+    assert choose(Batch(gains, limits, _work(prefill_tokens=500), costs)).lengths == (0,)
+    assert choose_latency(Batch(gains, limits, _work(prefill_tokens=500), costs)).lengths == (0,)
+    better = choose(Batch(gains * 2, limits, _work(prefill_tokens=500), costs))
+    assert better.drafters == (TABLE,), "the neural drafter would read the prompt"
+    assert better.seconds == pytest.approx(1.3)
+
+
 def test_equal_drafts_come_from_the_drafter_that_costs_nothing():
     passes = [1.0, 0, 0, 0, 0, 0.1, 0, 0, 0.1, 0, 0]
     choice = choose(Batch(np.full((1, DRAFTERS, 1), 0.9), np.ones((1, DRAFTERS), int), _work(), _model(passes)))
