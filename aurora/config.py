@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
@@ -87,6 +87,17 @@ class SpeculationConfig(_Branch):
     sample_drafts: Literal["greedy", "probabilistic"] = "greedy"
     calibrate: bool = Field(True, description="measure step costs at the first start with a model, machine and flags")
     exploration: float = Field(0.01, ge=0, le=0.5, description="share of the engine's steps lost to exploring")
+    step_log: Path | None = Field(None, description="file that gets a line for each step: work, time, tokens; no text")
+
+    @field_validator("step_log")
+    @classmethod
+    def _step_log_has_a_place(cls, file: Path | None) -> Path | None:
+        if file is None:
+            return None
+        file = file.expanduser().absolute()
+        if not file.parent.is_dir():
+            raise ValueError(f"step_log {file}: no such directory; make {file.parent} or name another file")
+        return file
 
     @model_validator(mode="after")
     def _fixed_within_max(self) -> "SpeculationConfig":

@@ -23,6 +23,7 @@ from aurora.step_time import StepTimeModel, StepWork
 from serve.calibration import Drill, is_calibration, known_costs
 from serve.portfolio import Portfolio
 from serve.request_options import RequestOptions
+from serve.step_log import StepLog
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -88,6 +89,7 @@ class AuroraScheduler(Scheduler):
         self._token_deadline_ms = speculation.token_deadline_ms
         self._first_token_s: dict[str, float] = {}  # when each request emitted its first
         self._step_s = 0.0  # time of the last step
+        self._log = StepLog(speculation.step_log) if speculation.step_log is not None else None
 
     def schedule(self, throttle_prefills: bool = False) -> "SchedulerOutput":
         output = super().schedule(throttle_prefills)
@@ -109,6 +111,11 @@ class AuroraScheduler(Scheduler):
     def update_from_output(self, scheduler_output: "SchedulerOutput", model_runner_output: "ModelRunnerOutput") -> Any:
         if self._work is not None:
             self._observe_time(self._work, time.perf_counter() - self._started_s)
+            if self._log is not None and not self._drilling:
+                decoded = [r for r in scheduler_output.num_scheduled_tokens if self._decodes(r, scheduler_output)]
+                places = [model_runner_output.req_id_to_index[r] for r in decoded]
+                emitted = sum(len(model_runner_output.sampled_token_ids[place]) for place in places)
+                self._log.write(self._work, self._last, emitted)
             self._work = None
             for request_id, index in model_runner_output.req_id_to_index.items():
                 verified = len(scheduler_output.scheduled_spec_decode_tokens.get(request_id, ()))
