@@ -147,9 +147,10 @@ def _traffic(known: argparse.Namespace, _rest: list[str]) -> int:
 
 
 def _bench(known: argparse.Namespace, rest: list[str]) -> int:
-    from aurora.bench import BenchOptions, run
+    from aurora.bench import BenchOptions, Load, run
 
-    return run(BenchOptions(**_options(known) | {"datasets": tuple(known.datasets)}, **_model_options(rest)))
+    mine = {"datasets": tuple(known.datasets), "loads": tuple(Load(*each) for each in known.loads)}
+    return run(BenchOptions(**_options(known) | mine, **_model_options(rest)))
 
 
 def _record(known: argparse.Namespace, rest: list[str]) -> int:

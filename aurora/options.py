@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from aurora.bench import Load
     from aurora.config import AuroraConfig
 
 
@@ -412,8 +411,6 @@ def _pairs(text: str) -> tuple[tuple[int, int], ...]:
     return tuple((int(n), int(k)) for n, _, k in (part.partition(":") for part in text.split(",")))
 
 
-def _loads(text: str) -> "tuple[Load, ...]":
+def _loads(text: str) -> tuple[tuple[int, float], ...]:
     """`1,4@0.7` as requests at once and their temperature."""
-    from aurora.bench import Load
-
-    return tuple(Load(int(n), float(t or 0)) for n, _, t in (part.partition("@") for part in text.split(",")))
+    return tuple((int(n), float(t or 0)) for n, _, t in (part.partition("@") for part in text.split(",")))
