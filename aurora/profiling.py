@@ -57,7 +57,7 @@ def table_places(limit_bytes: int, k_max: int) -> "Callable[[Recorded], Places]"
         right, expected = np.zeros(count, np.int64), np.zeros((count, k_max))
         for place in range(count):
             text.extend(name, [int(answer[place])])
-            proposal = text.propose(name, k_max)
+            (proposal,) = text.propose([name], k_max)
             rates = confidence.rates(name, proposal.basis)
             said = answer[place + 1 : place + 1 + len(proposal.tokens)]
             right[place] = np.cumprod(proposal.tokens == said).sum()

@@ -3,16 +3,18 @@
 A request drafts from its own table (prompt and output) and from one that earlier requests filled. The longest context
 that either of them knows decides; its votes, newer ones weighing more, name the next token, and so on for each further
 draft. A table is a hash table whose buckets forget the context that was seen longest ago: it never grows and ages by
-itself. The inner loops are compiled by numba. (n-gram drafting: Saxena 2023, prompt lookup; over served traffic:
-Oliaro et al. 2024, SuffixDecoding.)
+itself. The inner loops are compiled by numba; `Pool` drafts for all requests of a step in one call. (n-gram drafting:
+Saxena 2023, prompt lookup; over served traffic: Oliaro et al. 2024, SuffixDecoding.)
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from numba import njit
+from numba.typed import List
 
 Tokens = npt.NDArray[np.int32]
 Votes = npt.NDArray[np.float32]
@@ -74,26 +76,50 @@ class Proposal:
         return len(self.tokens)
 
 
+class Turn(NamedTuple):
+    """What to draft from for one request: places in a pool, and how much of the text there is."""
+
+    own: int  # of its own table and text
+    shared: int  # of the table of earlier requests; 0: none
+    learned: int  # tokens of the text that its own table knows
+    length: int  # tokens of the text
+
+
 NO_PROPOSAL = Proposal(
     np.zeros(0, np.int32), Basis(np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, np.float32))
 )
 
 
-def propose(own: NgramTable, shared: NgramTable, text: Tokens, k: int) -> Proposal:
-    """Draft up to `k` tokens after `text`; fewer from where not even the last token was ever followed by another."""
-    begin = min(len(text), ORDER)
-    tail = np.empty(begin + k, np.int32)
-    tail[:begin] = text[len(text) - begin :]
-    basis = Basis(np.empty(k, np.int64), np.empty(k, np.float32), np.empty(k, np.float32))
-    n = _propose(own.slots, shared.slots, tail, begin, basis)
-    return Proposal(tail[begin : begin + n], Basis(basis.orders[:n], basis.shares[:n], basis.votes[:n]))
+class Pool:
+    """Tables in numbered places, each with the text that it learns, if any."""
 
+    def __init__(self) -> None:
+        """Compiles the inner loops, if need be: seconds, once per machine, which no request should wait for."""
+        self._tables, self._texts = _new_lists(NgramTable(0).slots, np.zeros(0, np.int32))
+        self._free: list[int] = []
+        place = self.put(NgramTable(0), np.zeros(2, np.int32))
+        self.propose([Turn(place, 0, 0, 2)], 1)
+        self.remove(place)
 
-def compile_kernels() -> None:
-    """Compile the inner loops now (seconds, once per machine) instead of in the first request."""
-    table = NgramTable(0)
-    table.learn(np.zeros(2, np.int32), 0)
-    propose(table, table, np.zeros(2, np.int32), 1)
+    def put(self, table: NgramTable, text: Tokens | None = None) -> int:
+        """Place of a new table. text: room for all of its text, filled as it grows."""
+        place = self._free.pop() if self._free else len(self._tables)
+        _put(self._tables, self._texts, place, table.slots, np.zeros(0, np.int32) if text is None else text)
+        return place
+
+    def remove(self, place: int) -> None:
+        """Free a place."""
+        _put(self._tables, self._texts, place, NgramTable(0).slots, np.zeros(0, np.int32))
+        self._free.append(place)
+
+    def propose(self, turns: Sequence[Turn], k: int) -> list[Proposal]:
+        """Learn what is new in each text and draft up to `k` tokens after it; fewer where nothing is known."""
+        tokens, shape = np.empty((len(turns), k), np.int32), (len(turns), k)
+        basis = Basis(np.empty(shape, np.int64), np.empty(shape, np.float32), np.empty(shape, np.float32))
+        given = np.array(turns, np.int64).reshape(len(turns), len(Turn._fields))
+        counts = _propose_each(self._tables, self._texts, given, tokens, basis).tolist()
+        rows = zip(tokens, *basis, counts, strict=True)
+        return [Proposal(row[:n], Basis(orders[:n], shares[:n], votes[:n])) for row, orders, shares, votes, n in rows]
 
 
 @njit(cache=True)
@@ -161,6 +187,44 @@ def _learn(slots: Slots, text: Tokens, begin: int, clock: int) -> None:
             slot = _claim(slots, key)
             slots.stamps[slot] = clock + i - begin
             _vote(slots.tokens[slot], slots.votes[slot], text[i])
+
+
+@njit(cache=True)
+def _new_lists(slots: Slots, text: Tokens) -> tuple[Any, Any]:
+    """Numba's lists of tables and of texts; place 0 holds an empty one for good."""
+    tables, texts = List(), List()
+    tables.append(slots)
+    texts.append(text)
+    return tables, texts
+
+
+@njit(cache=True)
+def _put(tables: Any, texts: Any, place: int, slots: Slots, text: Tokens) -> None:
+    if place == len(tables):
+        tables.append(slots)
+        texts.append(text)
+    else:
+        tables[place] = slots
+        texts[place] = text
+
+
+@njit(cache=True)
+def _propose_each(
+    tables: Any, texts: Any, turns: npt.NDArray[np.int64], tokens: Tokens, basis: Basis
+) -> npt.NDArray[np.int64]:
+    """`Pool.propose`: turns [n, Turn], tokens and basis [n, k] to fill; returns how many drafts each has, [n]."""
+    counts, k = np.zeros(len(turns), np.int64), tokens.shape[1]
+    for i in range(len(turns)):
+        own, shared, learned, length = turns[i]
+        text = texts[own][:length]
+        _learn(tables[own], text, learned, learned)
+        begin = min(length, ORDER)
+        tail = np.empty(begin + k, np.int32)
+        tail[:begin] = text[length - begin :]
+        row = Basis(basis.orders[i], basis.shares[i], basis.votes[i])
+        counts[i] = _propose(tables[own], tables[shared], tail, begin, row)
+        tokens[i, : counts[i]] = tail[begin : begin + counts[i]]
+    return counts
 
 
 @njit(cache=True)

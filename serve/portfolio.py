@@ -12,7 +12,7 @@ import numpy as np
 
 from aurora.config import SpeculationConfig
 from aurora.controller import UNKNOWN, Ahead, Draft, Offer, Plan, RequestView, SpeculationController
-from aurora.goodput import MODEL, NEURAL, TABLE
+from aurora.goodput import MODEL, NEURAL, TABLE, compile_kernels
 from drafters.ngram import NO_PROPOSAL, Proposal, Tokens
 from drafters.served_text import ServedText
 from serve.domains import Domains
@@ -49,6 +49,7 @@ class Portfolio:
             neural="eagle3" in config.drafters,
             model="model" in config.drafters,
         )
+        compile_kernels()
         self._k_max = k_max
         self._isolate = config.isolate_tenants
         self._text = ServedText(config.ngram_mib << 20) if "ngram" in config.drafters else None
@@ -141,7 +142,7 @@ class Portfolio:
         """
         drafted = {r: (model or {}).get(r, []) for r in neural}
         warm = {r: [] if self.controller.is_cold(r) else tokens for r, tokens in neural.items()}
-        table = {r: self._propose(r) for r in neural}
+        table = self._propose(neural)
         offers = {r: Offer(limits[r], len(tokens), table[r].basis, len(drafted[r])) for r, tokens in warm.items()}
         chosen = self.controller.settle(self._plan, offers, ahead)
         self._drafts = {r: Drafts(warm[r], table[r], draft, drafted[r]) for r, draft in chosen.items()}
@@ -156,10 +157,13 @@ class Portfolio:
             if self._text is not None and request_id in self._text:
                 self._text.finish(request_id)
 
-    def _propose(self, request_id: str) -> Proposal:
-        if self._text is None or request_id not in self._text:
-            return NO_PROPOSAL
-        return self._text.propose(request_id, self._k_max)
+    def _propose(self, request_ids: Iterable[str]) -> dict[str, Proposal]:
+        """What the table drafts for each."""
+        if self._text is None:
+            return dict.fromkeys(request_ids, NO_PROPOSAL)
+        known = [r for r in request_ids if r in self._text]
+        proposals = zip(known, self._text.propose(known, self._k_max), strict=True)
+        return dict.fromkeys(request_ids, NO_PROPOSAL) | dict(proposals)
 
 
 def _agreement(drafts: list[int], emitted: list[int]) -> int:

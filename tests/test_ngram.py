@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drafters.ngram import ORDER, NgramTable, propose
+from drafters.ngram import ORDER, NgramTable, Pool, Proposal, Turn
 
 _DECAY = 0.8
 
@@ -47,6 +47,13 @@ _texts = st.lists(st.integers(0, 3), min_size=1, max_size=40)  # four tokens: a 
 
 def _array(text: list[int]) -> np.ndarray:
     return np.array(text, np.int32)
+
+
+def propose(own: NgramTable, shared: NgramTable, text: np.ndarray, k: int) -> Proposal:
+    """What two tables draft together after a text that they may know or not."""
+    pool = Pool()
+    turn = Turn(pool.put(own, text), pool.put(shared), learned=len(text), length=len(text))
+    return pool.propose([turn], k)[0]
 
 
 @settings(max_examples=200, deadline=None)
@@ -108,3 +115,29 @@ def test_nothing_known_drafts_nothing():
     empty = NgramTable(8)
     assert len(propose(empty, empty, _array([1, 2, 3]), 4)) == 0
     assert len(propose(empty, empty, _array([]), 4)) == 0
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(_texts, st.integers(0, 40)), min_size=1, max_size=5), _texts)
+def test_a_pool_drafts_for_each_as_if_it_were_alone(requests, served):
+    """Places that were freed and given again included; what is new in a text is learned on the way."""
+    shared, pool = NgramTable(4096), Pool()
+    shared.learn(_array(served), 0)
+    common = pool.put(shared)
+    for place in [pool.put(NgramTable(64), _array([1, 2, 3])) for _ in range(3)]:
+        pool.remove(place)
+    turns, alone = [], []
+    for text, known in requests:
+        learned = min(known, len(text))
+        own, same = NgramTable(4096), NgramTable(4096)
+        own.learn(_array(text[:learned]), 0)
+        turns.append(Turn(pool.put(own, _array(text)), common, learned, len(text)))
+        same.learn(_array(text), 0)
+        alone.append(propose(same, shared, _array(text), 3))
+    for mine, expected in zip(pool.propose(turns, 3), alone, strict=True):
+        assert mine.tokens.tolist() == expected.tokens.tolist()
+        assert [part.tolist() for part in mine.basis] == [part.tolist() for part in expected.basis]
+
+
+def test_a_pool_with_nobody_to_draft_for_drafts_nothing():
+    assert Pool().propose([], 3) == []
