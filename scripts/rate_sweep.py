@@ -30,7 +30,7 @@ from aurora.step_time import StepTimeModel
 
 LOADS = (0.3, 0.5, 0.7, 0.9, 1.1)
 SHOWN = ("no_speculation", "best_fixed", "batch_table", "smartspec", "goodput", "hindsight", "oracle")
-_METRICS = ("latency_mean_s", "latency_p50_s", "latency_p99_s", "tokens_per_s")
+_METRICS = ("latency_mean_s", "latency_p99_s")
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +97,7 @@ def rows(found: list[Simulated], case: Case, share: float) -> Iterator[Row]:
         shlex.join(["python", *sys.argv]),
     )
     plain, best = found[0], best_fixed(found)
-    for each in (*found, best):
+    for each in (e for e in (*found, best) if e.policy in SHOWN):
         for metric in _METRICS:
             yield Row("rate_sweep", cell, each.policy, metric, getattr(each, metric), getattr(plain, metric), command)
         ratio = best.latency_mean_s / each.latency_mean_s
