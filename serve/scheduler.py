@@ -79,6 +79,7 @@ class AuroraScheduler(Scheduler):
         self._drilling = False  # whether the step at hand calibrates
         self._plan = Plan(0, skip_drafter=False)
         self._work: StepWork | None = None
+        self._ended_s: float | None = None  # when the last step gave its tokens; None: nothing was left to do
         self._started_s = 0.0
         self._expected = 0.0  # tokens that the running step should emit
         self._last = (0.0, 0.0, 0.0)  # the last step: predicted seconds and tokens, measured seconds
@@ -92,6 +93,8 @@ class AuroraScheduler(Scheduler):
         self._log = StepLog(speculation.step_log) if speculation.step_log is not None else None
 
     def schedule(self, throttle_prefills: bool = False) -> "SchedulerOutput":
+        # A step lasts from one output to the next: what the engine does in between is paid for by every step.
+        self._started_s = time.perf_counter() if self._ended_s is None else self._ended_s
         output = super().schedule(throttle_prefills)
         self._finish(output.finished_req_ids)
         if not output.total_num_scheduled_tokens:
@@ -105,12 +108,12 @@ class AuroraScheduler(Scheduler):
         output.num_spec_tokens_to_schedule = self._plan.cap
         self._work = self._work_of(output)
         setattr(output, NOTES, self._notes())
-        self._started_s = time.perf_counter()
         return output
 
     def update_from_output(self, scheduler_output: "SchedulerOutput", model_runner_output: "ModelRunnerOutput") -> Any:
+        self._ended_s = time.perf_counter()
         if self._work is not None:
-            self._observe_time(self._work, time.perf_counter() - self._started_s)
+            self._observe_time(self._work, self._ended_s - self._started_s)
             if self._log is not None and not self._drilling:
                 decoded = [r for r in scheduler_output.num_scheduled_tokens if self._decodes(r, scheduler_output)]
                 places = [model_runner_output.req_id_to_index[r] for r in decoded]
@@ -122,8 +125,11 @@ class AuroraScheduler(Scheduler):
                 emitted = model_runner_output.sampled_token_ids[index]
                 self.portfolio.observe(request_id, verified, emitted)
                 if emitted:
-                    self._first_token_s.setdefault(request_id, time.perf_counter())
-        return super().update_from_output(scheduler_output, model_runner_output)
+                    self._first_token_s.setdefault(request_id, self._ended_s)
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        if not self.has_unfinished_requests():
+            self._ended_s = None
+        return outputs
 
     def update_draft_token_ids(self, draft_token_ids: "DraftTokenIds") -> None:
         notes: DraftNotes | None = getattr(draft_token_ids, NOTES, None)
