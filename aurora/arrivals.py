@@ -4,8 +4,9 @@ A trace is a JSONL or CSV file with columns for time, prompt tokens and output t
 are known (Azure, BurstGPT, Mooncake); `columns` tells others. Times are seconds, milliseconds or dates.
 """
 
+import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,14 @@ def read_arrivals(file: Path, columns: Mapping[str, str] | None = None) -> Arriv
     order = np.argsort(seconds[good], kind="stable")
     times = seconds[good][order]
     return ArrivalTrace(times - times[0], prompt[good][order].astype(np.int64), output[good][order].astype(np.int64))
+
+
+def write_arrivals(requests: Iterable[tuple[float, int, int]], file: Path) -> None:
+    """Write (seconds, prompt tokens, output tokens) of requests in their order as a trace for `read_arrivals`."""
+    requests = list(requests)
+    start = requests[0][0] if requests else 0.0
+    rows = [{"t_s": t - start, "request_tokens": prompt, "response_tokens": said} for t, prompt, said in requests]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _read(file: Path) -> Any:

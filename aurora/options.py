@@ -177,6 +177,7 @@ def add_traffic_options(parser: argparse.ArgumentParser) -> None:
     add("--send-domain", action="store_true", help="label each request with its row's domain, in `metadata`")
     add("--timeout", type=float, default=600.0, metavar="S", help="of each request (default: %(default)s)")
     add("--json", dest="json_file", type=Path, metavar="FILE", help="write the result there too")
+    add("--trace", type=Path, metavar="FILE", help="write arrivals and lengths there (.jsonl), for `aurora simulate`")
 
 
 def _add_dataset(add: Callable[..., object]) -> None:

@@ -22,6 +22,8 @@ class Record:
     ttft_s: float | None = None  # None if no text came
     completion_tokens: int = 0
     error: str | None = None
+    prompt_tokens: int = 0
+    started_s: float = 0.0  # by the monotonic clock
 
 
 class Sender:
@@ -62,7 +64,7 @@ class Sender:
             error = f"no complete answer within --timeout {self._timeout_s:g} s"
         except (openai.OpenAIError, ValueError) as problem:
             error = one_line(problem)
-        return Record(time.monotonic() - start, error=error), ""
+        return Record(time.monotonic() - start, error=error, started_s=start), ""
 
     async def _stream(self, messages: list[dict[str, str]], domain: str, start: float) -> tuple[Record, str]:
         label = {"metadata": {"domain": domain}} if domain else {}
@@ -70,16 +72,17 @@ class Sender:
             messages=messages, stream=True, stream_options={"include_usage": True}, **self._fields, **label
         )  # type: ignore[call-overload]
         answer: list[str] = []
-        first, tokens, finished = None, 0, False
+        first, tokens, prompt, finished = None, 0, 0, False
         async for chunk in stream:
             for choice in chunk.choices:
                 finished = finished or choice.finish_reason is not None
                 if choice.delta.content:
                     first = first or time.monotonic() - start
                     answer.append(choice.delta.content)
-            tokens = chunk.usage.completion_tokens if chunk.usage else tokens
+            if chunk.usage:
+                tokens, prompt = chunk.usage.completion_tokens, chunk.usage.prompt_tokens
         error = None if finished else "the stream ended before the answer was complete"
-        return Record(time.monotonic() - start, first, tokens, error), "".join(answer)
+        return Record(time.monotonic() - start, first, tokens, error, prompt, start), "".join(answer)
 
 
 def one_line(error: BaseException) -> str:

@@ -17,6 +17,7 @@ from itertools import accumulate, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from aurora.arrivals import write_arrivals
 from aurora.config import UserError, require_positive, require_writable
 from aurora.prompts import Conversation, read_prompts
 from aurora.scrape import Scrape, parse_scrape
@@ -48,6 +49,7 @@ class TrafficOptions:
     model: str | None = None  # None: the first that the server lists
     api_key_file: Path | None = None  # None: AURORA_API_KEY
     json_file: Path | None = None
+    trace: Path | None = None  # file for the arrivals
     seed: int = 0  # of the arrival times
     send_domain: bool = False  # label each request with its row's domain
     timeout: float = 600.0  # seconds a request may take
@@ -61,6 +63,7 @@ class TrafficOptions:
         if not self.url.startswith(("http://", "https://")):
             raise UserError(f"--url {self.url}: must begin with http:// or https://, e.g. http://127.0.0.1:8000")
         require_writable("--json", self.json_file)
+        require_writable("--trace", self.trace)
 
     @property
     def root(self) -> str:
@@ -101,6 +104,9 @@ def run(options: TrafficOptions) -> int:
         print(f"acceptance unknown: {traffic.metrics_error}", file=sys.stderr)
     if options.json_file is not None and traffic.started:
         write_json(result, options.json_file)
+    if options.trace is not None and traffic.started:
+        done = sorted((r.started_s, r.prompt_tokens, r.completion_tokens) for r in traffic.records if r.error is None)
+        write_arrivals(done, options.trace)
     return 130 if interrupted else int(result.failures > 0)
 
 

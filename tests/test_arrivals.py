@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aurora.arrivals import ArrivalTrace, read_arrivals
+from aurora.arrivals import ArrivalTrace, read_arrivals, write_arrivals
 from aurora.config import UserError
 
 FORMATS = {
@@ -29,6 +29,13 @@ def _read(tmp_path: Path, name: str, text: str, **options: object) -> ArrivalTra
 @pytest.mark.parametrize("name", FORMATS)
 def test_public_formats_are_read(name: str, tmp_path: Path):
     trace = _read(tmp_path, name, FORMATS[name])
+    assert trace.seconds.tolist() == [0.0, 1.5]
+    assert (trace.prompt.tolist(), trace.output.tolist()) == ([3, 4], [7, 8])
+
+
+def test_what_is_written_is_read(tmp_path: Path):
+    write_arrivals([(100.5, 3, 7), (102.0, 4, 8)], tmp_path / "t.jsonl")
+    trace = read_arrivals(tmp_path / "t.jsonl")
     assert trace.seconds.tolist() == [0.0, 1.5]
     assert (trace.prompt.tolist(), trace.output.tolist()) == ([3, 4], [7, 8])
 

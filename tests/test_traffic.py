@@ -10,6 +10,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from prometheus_client import CollectorRegistry, generate_latest
 
+from aurora.arrivals import read_arrivals
 from aurora.config import UserError
 from aurora.metrics import EngineReport
 from aurora.traffic import TrafficOptions, arrivals, run
@@ -127,6 +128,15 @@ def dataset(tmp_path, rows):
 
 def prompts(count):
     return [f"p{i}" for i in range(count)]
+
+
+def test_a_run_is_an_arrival_trace_without_what_failed(endpoint, send, tmp_path):
+    endpoint.broken = {"p1": "cut"}
+    endpoint.delay_s = 0.05
+    assert send(prompts(4), concurrency=1, trace=tmp_path / "trace.jsonl")[0] == 1
+    trace = read_arrivals(tmp_path / "trace.jsonl")
+    assert (trace.prompt.tolist(), trace.output.tolist()) == ([3] * 3, [5] * 3)
+    assert trace.seconds[1] > 2 * endpoint.delay_s, "the one that failed came between the first two"
 
 
 def test_a_run_without_failures(endpoint, send):
