@@ -1,11 +1,11 @@
 """How likely is an n-gram draft to be accepted? Learned from what such drafts rest on.
 
 Each draft is known to be right or wrong as soon as the target has spoken, whether it was verified or not, so the rates
-are learned from every step and need no exploration. A step has a handful of drafts a request, so this is plain Python:
-arrays of four would cost more than they save.
+are learned from every step and need no exploration. What drafts rest on is cut into cells for all requests at once;
+the rest is plain Python: a request has a handful of drafts, and arrays of four would cost more than they save.
 """
 
-from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Protocol
@@ -23,7 +23,7 @@ _REQUEST_WEIGHT = 6.0  # expected hits after which a request's own record weighs
 
 
 class DraftBasis(Protocol):
-    """What n-gram drafts rest on; arrays of [n] (`drafters.ngram.Basis`)."""
+    """What n-gram drafts rest on; arrays of [requests, n] (`drafters.ngram.Basis`)."""
 
     @property
     def orders(self) -> npt.NDArray[np.int64]: ...
@@ -65,8 +65,6 @@ class _Record:
     domain: str
     hits: float = 0.0
     expected: float = 0.0  # hits
-    basis: DraftBasis | None = None  # that was asked for last
-    cells: list[int] = field(default_factory=list)  # of it
 
     @property
     def scale(self) -> float:
@@ -92,38 +90,34 @@ class ConfidenceModel:
     def finish(self, request_id: str) -> None:
         self._requests.pop(request_id, None)
 
-    def rates(self, request_id: str, basis: DraftBasis) -> list[float]:
-        """Conditional acceptance of n drafts in a row."""
+    def rates(self, request_id: str, cells: Sequence[int]) -> list[float]:
+        """Conditional acceptance of n drafts in a row, given the cell of each."""
         record = self._requests[request_id]
-        record.basis, record.cells = basis, _cells(basis)
         scale = record.scale
-        return [min(rate * scale, 1.0) for rate in self._cell_rates(record.domain, record.cells)]
+        return [min(rate * scale, 1.0) for rate in self._cell_rates(record.domain, cells)]
 
-    def observe(self, request_id: str, basis: DraftBasis, known: int, accepted: int) -> None:
+    def observe(self, request_id: str, cells: Sequence[int], known: int, accepted: int) -> None:
         """The target's tokens are known for the first `known` of these drafts, and the first `accepted` equal them."""
         seen = min(accepted + 1, known)
         record = self._requests.get(request_id)
         if not seen or record is None:
             return
-        cells = (record.cells if record.basis is basis else _cells(basis))[:seen]
+        cells = cells[:seen]
         record.expected += sum(self._cell_rates(record.domain, cells))
         record.hits += accepted
         for j, cell in enumerate(cells):
             self._shared.observe(cell, j < accepted)
             self._domains[record.domain].observe(cell, j < accepted)
 
-    def _cell_rates(self, domain: str, cells: list[int]) -> list[float]:
+    def _cell_rates(self, domain: str, cells: Sequence[int]) -> list[float]:
         shared, own = self._shared, self._domains[domain]
         priors = [shared.rate(cell, _CELL_PRIORS[cell], _PRIOR_WEIGHT) for cell in cells]
         return [own.rate(cell, prior, _SHARED_WEIGHT) for cell, prior in zip(cells, priors, strict=True)]
 
 
-def _cells(basis: DraftBasis) -> list[int]:
-    """Cell of each draft."""
-    parts = zip(basis.orders.tolist(), basis.shares.tolist(), basis.votes.tolist(), strict=True)
-    shares, votes = len(_SHARE_EDGES) + 1, len(_VOTE_EDGES) + 1
-    return [
-        ((min(order, len(_ORDER_PRIOR)) - 1) * shares + bisect_left(_SHARE_EDGES, share)) * votes
-        + bisect_left(_VOTE_EDGES, vote)
-        for order, share, vote in parts
-    ]
+def cells_of(basis: DraftBasis) -> list[list[int]]:
+    """Cell of each draft, [requests][n]."""
+    orders = np.minimum(basis.orders, len(_ORDER_PRIOR)) - 1
+    shares, votes = np.searchsorted(_SHARE_EDGES, basis.shares), np.searchsorted(_VOTE_EDGES, basis.votes)
+    cells: list[list[int]] = ((orders * (len(_SHARE_EDGES) + 1) + shares) * (len(_VOTE_EDGES) + 1) + votes).tolist()
+    return cells

@@ -14,16 +14,14 @@ tokens at every step.
 """
 
 import dataclasses
-import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
 
 from aurora.acceptance import AcceptanceModel
-from aurora.confidence import ConfidenceModel, DraftBasis
+from aurora.confidence import ConfidenceModel
 from aurora.config import Objective
 from aurora.goodput import (
     DRAFTERS,
@@ -93,7 +91,7 @@ class Offer:
 
     limit: int  # longest draft that the request may have now
     neural: int  # tokens that the neural drafter drafted
-    table: DraftBasis | None  # what the table's drafts rest on
+    table: Sequence[int] | None  # what the table's drafts rest on: cell of each (`aurora.confidence`)
     model: int = 0  # tokens that the draft model drafted
 
 
@@ -153,7 +151,7 @@ class SpeculationController:
         tables = [offer.table for offer in offers.values()]
         gains = self._gains(views)
         gains[:, TABLE] = self._worth(views, tables)
-        made = [(o.neural, len(o.table.orders) if o.table is not None else 0, o.model) for o in offers.values()]
+        made = [(o.neural, len(o.table or ()), o.model) for o in offers.values()]
         most = np.array([offer.limit for offer in offers.values()], np.int64)
         limits = np.minimum(np.array(made, np.int64).reshape(len(views), DRAFTERS), most[:, None])
         if self.fixed_k is not None:
@@ -187,9 +185,9 @@ class SpeculationController:
         """The same for a draft of the draft model."""
         self.model_acceptance.observe(request_id, known, accepted)
 
-    def observe_table(self, request_id: str, basis: DraftBasis, known: int, accepted: int) -> None:
+    def observe_table(self, request_id: str, cells: Sequence[int], known: int, accepted: int) -> None:
         """The same for a draft of the table."""
-        self.confidence.observe(request_id, basis, known, accepted)
+        self.confidence.observe(request_id, cells, known, accepted)
 
     def drafter_changed(self, gated_rates: list[float]) -> None:
         """Another version of the neural drafter drafts from now on: widen the estimates and look at it."""
@@ -336,13 +334,11 @@ class SpeculationController:
         curves = [self._curves.get(v.request_id, unknown[v.domain]) for v in views]
         return np.array(curves).reshape(len(views), self.k_max)
 
-    def _worth(self, views: list[RequestView], tables: list[DraftBasis | None]) -> Floats:
+    def _worth(self, views: list[RequestView], tables: list[Sequence[int] | None]) -> Floats:
         """Expected extra tokens of the table's drafts, [requests, k_max]; remembered as the requests' usual ones."""
-        gains = np.zeros((len(views), self.k_max))
-        for row, view, table in zip(gains, views, tables, strict=True):
-            if table is not None:
-                rates = self.confidence.rates(view.request_id, table)[: self.k_max]
-                row[: len(rates)] = list(accumulate(rates, operator.mul))
+        rates = [self.confidence.rates(v.request_id, t or ()) for v, t in zip(views, tables, strict=True)]
+        chances = [[*each, *[0.0] * self.k_max][: self.k_max] for each in rates]
+        gains = np.array(chances).reshape(len(views), self.k_max).cumprod(axis=1)
         usual = gains + _CURVE_MEMORY * (self._usual(views) - gains)
         self._curves.update(zip([view.request_id for view in views], usual, strict=True))
         domains = np.array([view.domain for view in views])

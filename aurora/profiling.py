@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from aurora.acceptance_profile import AcceptanceProfile
-from aurora.confidence import ConfidenceModel
+from aurora.confidence import ConfidenceModel, cells_of
 from aurora.config import UserError
 
 if TYPE_CHECKING:
@@ -57,12 +57,12 @@ def table_places(limit_bytes: int, k_max: int) -> "Callable[[Recorded], Places]"
         right, expected = np.zeros(count, np.int64), np.zeros((count, k_max))
         for place in range(count):
             text.extend(name, [int(answer[place])])
-            (proposal,) = text.propose([name], k_max)
-            rates = confidence.rates(name, proposal.basis)
-            said = answer[place + 1 : place + 1 + len(proposal.tokens)]
-            right[place] = np.cumprod(proposal.tokens == said).sum()
+            proposals = text.propose([name], k_max)
+            (tokens,), (cells,) = proposals.tokens, cells_of(proposals.basis)
+            rates = confidence.rates(name, cells[: len(tokens)])
+            right[place] = np.cumprod(tokens == answer[place + 1 : place + 1 + len(tokens)]).sum()
             expected[place, : len(rates)] = np.cumprod(rates)
-            confidence.observe(name, proposal.basis, len(rates), int(right[place]))
+            confidence.observe(name, cells, len(rates), int(right[place]))
         text.extend(name, answer[count:].tolist())
         text.finish(name)
         confidence.finish(name)

@@ -58,7 +58,7 @@ class NgramTable:
 
 
 class Basis(NamedTuple):
-    """What each drafted token rests on; arrays of [n]."""
+    """What each drafted token rests on; arrays of [requests, k], meaningless where there is no draft."""
 
     orders: npt.NDArray[np.int64]  # length of the context that decided
     shares: Votes  # the token's part of that context's votes
@@ -66,14 +66,11 @@ class Basis(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Proposal:
-    """n drafted tokens, where n may be less than was asked for."""
+class Proposals:
+    """Drafted tokens of some requests; each may have fewer than were asked for."""
 
-    tokens: Tokens
+    tokens: list[list[int]]
     basis: Basis
-
-    def __len__(self) -> int:
-        return len(self.tokens)
 
 
 class Turn(NamedTuple):
@@ -83,11 +80,6 @@ class Turn(NamedTuple):
     shared: int  # of the table of earlier requests; 0: none
     learned: int  # tokens of the text that its own table knows
     length: int  # tokens of the text
-
-
-NO_PROPOSAL = Proposal(
-    np.zeros(0, np.int32), Basis(np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, np.float32))
-)
 
 
 class Pool:
@@ -112,14 +104,14 @@ class Pool:
         _put(self._tables, self._texts, place, NgramTable(0).slots, np.zeros(0, np.int32))
         self._free.append(place)
 
-    def propose(self, turns: Sequence[Turn], k: int) -> list[Proposal]:
+    def propose(self, turns: Sequence[Turn], k: int) -> Proposals:
         """Learn what is new in each text and draft up to `k` tokens after it; fewer where nothing is known."""
-        tokens, shape = np.empty((len(turns), k), np.int32), (len(turns), k)
-        basis = Basis(np.empty(shape, np.int64), np.empty(shape, np.float32), np.empty(shape, np.float32))
+        shape = (len(turns), k)
+        tokens = np.zeros(shape, np.int32)
+        basis = Basis(np.ones(shape, np.int64), np.zeros(shape, np.float32), np.zeros(shape, np.float32))
         given = np.array(turns, np.int64).reshape(len(turns), len(Turn._fields))
         counts = _propose_each(self._tables, self._texts, given, tokens, basis).tolist()
-        rows = zip(tokens, *basis, counts, strict=True)
-        return [Proposal(row[:n], Basis(orders[:n], shares[:n], votes[:n])) for row, orders, shares, votes, n in rows]
+        return Proposals([row[:n] for row, n in zip(tokens.tolist(), counts, strict=True)], basis)
 
 
 @njit(cache=True)

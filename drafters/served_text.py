@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from drafters.ngram import ORDER, NgramTable, Pool, Proposal, Tokens, Turn
+from drafters.ngram import ORDER, NgramTable, Pool, Proposals, Tokens, Turn
 
 _GROUP_SLOTS = 1 << 20  # contexts of a group: about 200,000 tokens
 _OWN_SLOTS = 1 << 16  # contexts of a request at most: about 13,000 tokens, 3 MiB
@@ -70,7 +70,7 @@ class ServedText:
         request.text[begin:end] = tokens[: end - begin]
         request.length = end
 
-    def propose(self, request_ids: Sequence[str], k: int) -> list[Proposal]:
+    def propose(self, request_ids: Sequence[str], k: int) -> Proposals:
         """Up to `k` tokens that may follow in each request's text."""
         requests = [self._requests[request_id] for request_id in request_ids]
         places = {group: shared.place for group, shared in self._shared.items()}

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from aurora.confidence import cells_of
 from aurora.config import SpeculationConfig
 from aurora.controller import UNKNOWN, Ahead, Draft, Offer, Plan, RequestView, SpeculationController
 from aurora.goodput import MODEL, NEURAL, TABLE, compile_kernels
-from drafters.ngram import NO_PROPOSAL, Proposal, Tokens
+from drafters.ngram import Tokens
 from drafters.served_text import ServedText
 from serve.domains import Domains
 
@@ -23,7 +24,8 @@ class Drafts:
     """What was drafted for one request after a step, and what of it is verified in the next."""
 
     neural: list[int]
-    table: Proposal
+    table: list[int]
+    cells: list[int]  # what the table's drafts rest on (`aurora.confidence`)
     chosen: Draft
     model: list[int] = field(default_factory=list)
 
@@ -34,7 +36,7 @@ class Drafts:
 
     def by(self, drafter: int) -> list[int]:
         """All that one drafter drafted."""
-        return self.table.tokens.tolist() if drafter == TABLE else self.model if drafter == MODEL else self.neural
+        return self.table if drafter == TABLE else self.model if drafter == MODEL else self.neural
 
 
 class Portfolio:
@@ -115,7 +117,7 @@ class Portfolio:
                 continue
             right = _agreement(tokens, emitted)
             if drafter == TABLE:
-                self.controller.observe_table(request_id, drafts.table.basis, len(tokens), right)
+                self.controller.observe_table(request_id, drafts.cells, len(tokens), right)
                 continue
             observe = self.controller.observe_neural if drafter == NEURAL else self.controller.observe_model
             observe(request_id, len(tokens), right)
@@ -143,9 +145,9 @@ class Portfolio:
         drafted = {r: (model or {}).get(r, []) for r in neural}
         warm = {r: [] if self.controller.is_cold(r) else tokens for r, tokens in neural.items()}
         table = self._propose(neural)
-        offers = {r: Offer(limits[r], len(tokens), table[r].basis, len(drafted[r])) for r, tokens in warm.items()}
+        offers = {r: Offer(limits[r], len(tokens), table[r][1], len(drafted[r])) for r, tokens in warm.items()}
         chosen = self.controller.settle(self._plan, offers, ahead)
-        self._drafts = {r: Drafts(warm[r], table[r], draft, drafted[r]) for r, draft in chosen.items()}
+        self._drafts = {r: Drafts(warm[r], *table[r], draft, drafted[r]) for r, draft in chosen.items()}
         return self._drafts
 
     def finish(self, request_ids: Iterable[str]) -> None:
@@ -157,13 +159,15 @@ class Portfolio:
             if self._text is not None and request_id in self._text:
                 self._text.finish(request_id)
 
-    def _propose(self, request_ids: Iterable[str]) -> dict[str, Proposal]:
-        """What the table drafts for each."""
+    def _propose(self, request_ids: Iterable[str]) -> dict[str, tuple[list[int], list[int]]]:
+        """What the table drafts for each, and the cells of it."""
+        nothing: dict[str, tuple[list[int], list[int]]] = dict.fromkeys(request_ids, ([], []))
         if self._text is None:
-            return dict.fromkeys(request_ids, NO_PROPOSAL)
+            return nothing
         known = [r for r in request_ids if r in self._text]
-        proposals = zip(known, self._text.propose(known, self._k_max), strict=True)
-        return dict.fromkeys(request_ids, NO_PROPOSAL) | dict(proposals)
+        proposals = self._text.propose(known, self._k_max)
+        rows = zip(known, proposals.tokens, cells_of(proposals.basis), strict=True)
+        return nothing | {r: (tokens, cells[: len(tokens)]) for r, tokens, cells in rows}
 
 
 def _agreement(drafts: list[int], emitted: list[int]) -> int:

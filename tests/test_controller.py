@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
+from aurora.confidence import cells_of
 from aurora.config import Objective
 from aurora.controller import MODEL, NEURAL, TABLE, UNKNOWN, Ahead, Offer, RequestView, SpeculationController
 from aurora.step_time import COSTS, StepTimeModel, StepWork
@@ -13,9 +14,11 @@ from drafters.ngram import Basis
 K = 4
 
 
-def _basis(k: int = K) -> Basis:
-    """Table drafts that all rest on the same thing."""
-    return Basis(np.full(k, 3), np.full(k, 0.9, np.float32), np.full(k, 2.0, np.float32))
+def _cells(k: int = K, order: int = 3, share: float = 0.9, votes: float = 2.0) -> list[int]:
+    """Of table drafts that all rest on the same thing."""
+    shape = (1, k)
+    basis = Basis(np.full(shape, order), np.full(shape, share, np.float32), np.full(shape, votes, np.float32))
+    return cells_of(basis)[0]
 
 
 @dataclass
@@ -78,7 +81,7 @@ class _Engine:
         self.model_read += plan.model_read
         self._model_drafted_for = plan.model_for
         self._drafted_for = self._warm if plan.cap else set()
-        table = _basis() if self.table is not None else None
+        table = _cells() if self.table is not None else None
         model = {n: plan.model_cap if n in plan.model_for else 0 for n in names}
         neural = {n: plan.cap if n in self._warm else 0 for n in names}
         drafts = self.controller.settle(plan, {n: Offer(K, neural[n], table, model[n]) for n in names})
@@ -99,7 +102,7 @@ class _Engine:
             self.controller.observe_model(name, known, min(accepted[MODEL], known))
         if self.table is not None:
             known = max(k if drafter == TABLE else 1, 1)
-            self.controller.observe_table(name, _basis(), known, min(accepted[TABLE], known))
+            self.controller.observe_table(name, _cells(), known, min(accepted[TABLE], known))
         return taken
 
 
@@ -168,7 +171,7 @@ def test_fixed_k_without_a_neural_drafter_is_the_draft_models():
     controller = SpeculationController(K, fixed_k=2, neural=False, model=True)
     plan = controller.plan([RequestView("a", 10, drafting=True, limit=K)])
     assert (plan.model_cap, plan.model_for, plan.skip_drafter) == (2, {"a"}, True)
-    draft = controller.settle(plan, {"a": Offer(K, 0, _basis(), 2)})["a"]
+    draft = controller.settle(plan, {"a": Offer(K, 0, _cells(), 2)})["a"]
     assert (draft.drafter, draft.length) == (MODEL, 2)
 
 
@@ -204,7 +207,7 @@ def test_limits_and_fixed_k_are_respected():
     controller = SpeculationController(K, fixed_k=3)
     views = [RequestView("a", 10, drafting=True, limit=1), RequestView("b", 10, drafting=True, limit=9)]
     plan = controller.plan(views)
-    drafts = controller.settle(plan, {v.request_id: Offer(v.limit, plan.cap, _basis()) for v in views})
+    drafts = controller.settle(plan, {v.request_id: Offer(v.limit, plan.cap, _cells()) for v in views})
     assert {name: (d.drafter, d.length) for name, d in drafts.items()} == {"a": (NEURAL, 1), "b": (NEURAL, 3)}
     assert not plan.skip_drafter
 
@@ -213,7 +216,7 @@ def test_fixed_k_without_a_neural_drafter_is_the_tables():
     controller = SpeculationController(K, fixed_k=2, neural=False)
     plan = controller.plan([RequestView("a", 10, drafting=True, limit=K)])
     assert plan.skip_drafter
-    draft = controller.settle(plan, {"a": Offer(K, 0, _basis())})["a"]
+    draft = controller.settle(plan, {"a": Offer(K, 0, _cells())})["a"]
     assert (draft.drafter, draft.length) == (TABLE, 2)
 
 
@@ -221,7 +224,7 @@ def test_fixed_k_zero_never_drafts():
     controller = SpeculationController(K, fixed_k=0)
     plan = controller.plan([RequestView("a", 10, drafting=True, limit=K)])
     assert plan.skip_drafter
-    assert controller.settle(plan, {"a": Offer(K, 0, _basis())})["a"].length == 0
+    assert controller.settle(plan, {"a": Offer(K, 0, _cells())})["a"].length == 0
 
 
 def test_a_step_of_prompts_only_keeps_them_warm_while_the_drafter_is_good():
@@ -260,14 +263,14 @@ def test_reading_a_long_prompt_to_explore_is_paid_for():
 def test_finished_requests_leave_nothing_behind():
     controller = SpeculationController(K)
     plan = controller.plan([RequestView("a", 10, drafting=True, limit=K)])
-    controller.settle(plan, {"a": Offer(K, plan.cap, _basis())})
+    controller.settle(plan, {"a": Offer(K, plan.cap, _cells())})
     controller.finish(["a"])
     assert not controller._known
     assert not controller._curves
     with pytest.raises(KeyError):
         controller.acceptance.rates("a")
     with pytest.raises(KeyError):
-        controller.confidence.rates("a", _basis())
+        controller.confidence.rates("a", _cells())
 
 
 def _with_table(objective: Objective = "goodput", draft_s: float = 0.012, **fields: float) -> SpeculationController:
@@ -278,7 +281,7 @@ def _with_table(objective: Objective = "goodput", draft_s: float = 0.012, **fiel
     return controller
 
 
-def _lengths(controller: SpeculationController, bases: dict[str, Basis], ahead: Ahead = UNKNOWN) -> dict[str, int]:
+def _lengths(controller: SpeculationController, bases: dict[str, list[int]], ahead: Ahead = UNKNOWN) -> dict[str, int]:
     plan = controller.plan([RequestView(name, 100, drafting=True, limit=K) for name in bases], ahead)
     drafts = controller.settle(plan, {name: Offer(K, 0, basis) for name, basis in bases.items()}, ahead)
     return {name: draft.length for name, draft in drafts.items()}
@@ -286,7 +289,7 @@ def _lengths(controller: SpeculationController, bases: dict[str, Basis], ahead: 
 
 def test_drafts_that_do_not_pay_alone_do_not_pay_beside_a_prompt():
     """The prompt is read whatever is drafted: the step's time is no reason to spend more of it."""
-    bases = {"a": _basis(), "b": _basis()}
+    bases = {"a": _cells(), "b": _cells()}
     for draft_s, lengths in ((0.012, {0}), (0.0001, {K})):
         for ahead in (UNKNOWN, Ahead(prefill_tokens=200)):
             assert set(_lengths(_with_table(draft_s=draft_s), bases, ahead).values()) == lengths
@@ -294,7 +297,7 @@ def test_drafts_that_do_not_pay_alone_do_not_pay_beside_a_prompt():
 
 def test_no_more_drafts_than_there_is_room_for():
     controller = _with_table(draft_s=0.0001)
-    bases = {"a": _basis(1), "b": _basis()}
+    bases = {"a": _cells(1), "b": _cells()}
     assert _lengths(controller, bases) == {"a": 1, "b": K}
     for room in range(6):
         assert sum(_lengths(controller, bases, Ahead(room=room)).values()) == min(room, K + 1)
@@ -302,7 +305,7 @@ def test_no_more_drafts_than_there_is_room_for():
 
 
 def test_who_would_be_late_gets_drafts_that_do_not_pay_for_the_batch():
-    bases = {"late": _basis(), "early": _basis()}
+    bases = {"late": _cells(), "early": _cells()}
     needs = {"late": 3.0, "early": -5.0}
     assert set(_lengths(_with_table("goodput", draft_s=0.006), bases, Ahead(needs=needs)).values()) == {0}
     assert _lengths(_with_table("slo", draft_s=0.006), bases, Ahead(needs=needs)) == {"late": 1, "early": 0}
@@ -313,8 +316,8 @@ def test_who_would_be_late_gets_drafts_that_do_not_pay_for_the_batch():
 
 def test_for_latency_nobody_waits_for_anothers_drafts():
     """One sure draft makes five requests emit more tokens a second, though four of them wait for it."""
-    sure = Basis(np.full(K, 9), np.full(K, 0.999, np.float32), np.full(K, 500.0, np.float32))
-    bases = {"sure": sure, **{f"r{i}": _basis() for i in range(4)}}
+    sure = _cells(K, order=9, share=0.999, votes=500.0)
+    bases = {"sure": sure, **{f"r{i}": _cells() for i in range(4)}}
     others = dict.fromkeys([f"r{i}" for i in range(4)], 0)
     assert _lengths(_with_table("goodput", draft_s=0.004), bases) == {"sure": 1} | others
     assert _lengths(_with_table("latency", draft_s=0.004), bases) == {"sure": 0} | others

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drafters.ngram import ORDER, NgramTable, Pool, Proposal, Turn
+from drafters.ngram import ORDER, Basis, NgramTable, Pool, Proposals, Turn
 
 _DECAY = 0.8
 
@@ -49,11 +49,17 @@ def _array(text: list[int]) -> np.ndarray:
     return np.array(text, np.int32)
 
 
-def propose(own: NgramTable, shared: NgramTable, text: np.ndarray, k: int) -> Proposal:
-    """What two tables draft together after a text that they may know or not."""
+def propose(own: NgramTable, shared: NgramTable, text: np.ndarray, k: int) -> tuple[list[int], Basis]:
+    """What two tables draft together after a text that they may know or not: tokens, and what each rests on."""
     pool = Pool()
     turn = Turn(pool.put(own, text), pool.put(shared), learned=len(text), length=len(text))
-    return pool.propose([turn], k)[0]
+    return _of(pool.propose([turn], k), 0)
+
+
+def _of(proposals: Proposals, i: int) -> tuple[list[int], Basis]:
+    """Of one of the requests."""
+    tokens = proposals.tokens[i]
+    return tokens, Basis(*(part[i, : len(tokens)] for part in proposals.basis))
 
 
 @settings(max_examples=200, deadline=None)
@@ -65,17 +71,17 @@ def test_drafts_are_those_of_an_unbounded_dictionary(served, text, k):
     shared_votes.learn(served, 0)
     own.learn(_array(text), 0)
     own_votes.learn(text, 0)
-    drafted = propose(own, shared, _array(text), k)
-    for i, token in enumerate(drafted.tokens.tolist()):
-        found = _best(own_votes, shared_votes, text + drafted.tokens[:i].tolist())
+    tokens, basis = propose(own, shared, _array(text), k)
+    for i, token in enumerate(tokens):
+        found = _best(own_votes, shared_votes, text + tokens[:i])
         assert found is not None
         order, votes = found
-        assert drafted.basis.orders[i] == order
+        assert basis.orders[i] == order
         assert votes[token] == pytest.approx(max(votes.values()), rel=1e-5)  # ties may fall either way
-        assert drafted.basis.votes[i] == pytest.approx(sum(votes.values()), rel=1e-5)
-        assert drafted.basis.shares[i] == pytest.approx(votes[token] / sum(votes.values()), rel=1e-5)
-    if len(drafted) < k:
-        assert _best(own_votes, shared_votes, text + drafted.tokens.tolist()) is None
+        assert basis.votes[i] == pytest.approx(sum(votes.values()), rel=1e-5)
+        assert basis.shares[i] == pytest.approx(votes[token] / sum(votes.values()), rel=1e-5)
+    if len(tokens) < k:
+        assert _best(own_votes, shared_votes, text + tokens) is None
 
 
 @given(_texts, st.data())
@@ -98,23 +104,23 @@ def test_a_full_table_keeps_its_size_and_forgets_the_oldest_first():
     table.learn(_array([17, 18, 19, 20]), 0)
     empty = NgramTable(8)
     assert table.nbytes == size
-    assert len(propose(table, empty, _array([7, 8, 9]), 1)) == 0
-    assert propose(table, empty, _array([17, 18, 19]), 1).tokens.tolist() == [20]
+    assert propose(table, empty, _array([7, 8, 9]), 1)[0] == []
+    assert propose(table, empty, _array([17, 18, 19]), 1)[0] == [20]
 
 
 def test_newer_votes_outweigh_older_ones():
     table = NgramTable(256)
     for token in (5, 5, 6, 6):
         table.learn(_array([1, token]), 1)
-    drafted = propose(table, NgramTable(8), _array([1]), 1)
-    assert drafted.tokens.tolist() == [6]
-    assert 0.5 < drafted.basis.shares[0] < 0.8
+    tokens, basis = propose(table, NgramTable(8), _array([1]), 1)
+    assert tokens == [6]
+    assert 0.5 < basis.shares[0] < 0.8
 
 
 def test_nothing_known_drafts_nothing():
     empty = NgramTable(8)
-    assert len(propose(empty, empty, _array([1, 2, 3]), 4)) == 0
-    assert len(propose(empty, empty, _array([]), 4)) == 0
+    assert propose(empty, empty, _array([1, 2, 3]), 4)[0] == []
+    assert propose(empty, empty, _array([]), 4)[0] == []
 
 
 @settings(max_examples=50, deadline=None)
@@ -134,10 +140,12 @@ def test_a_pool_drafts_for_each_as_if_it_were_alone(requests, served):
         turns.append(Turn(pool.put(own, _array(text)), common, learned, len(text)))
         same.learn(_array(text), 0)
         alone.append(propose(same, shared, _array(text), 3))
-    for mine, expected in zip(pool.propose(turns, 3), alone, strict=True):
-        assert mine.tokens.tolist() == expected.tokens.tolist()
-        assert [part.tolist() for part in mine.basis] == [part.tolist() for part in expected.basis]
+    proposals = pool.propose(turns, 3)
+    for i, (tokens, basis) in enumerate(alone):
+        mine, mine_basis = _of(proposals, i)
+        assert mine == tokens
+        assert [part.tolist() for part in mine_basis] == [part.tolist() for part in basis]
 
 
 def test_a_pool_with_nobody_to_draft_for_drafts_nothing():
-    assert Pool().propose([], 3) == []
+    assert Pool().propose([], 3).tokens == []

@@ -32,7 +32,7 @@ def _say(portfolio: Portfolio, request_id: str, tokens: list[int], *, tenant: st
 def _table_drafts(portfolio: Portfolio, prompt: list[int], *, tenant: str = "", domain: str = "") -> list[int]:
     portfolio.begin("probe", tenant, domain, prompt, 8)
     portfolio.plan([_view("probe")])
-    drafted: list[int] = portfolio.settle({"probe": []}, {"probe": K})["probe"].table.tokens.tolist()
+    drafted = portfolio.settle({"probe": []}, {"probe": K})["probe"].table
     portfolio.finish(["probe"])
     return drafted
 
@@ -90,13 +90,13 @@ def test_drafts_that_were_not_verified_teach_by_their_first_token():
     portfolio.begin("a", "", "", [1, 2, 3, 1], 20)
     portfolio.plan([_view("a")])
     drafts = portfolio.settle({"a": [2, 9, 9]}, {"a": K})["a"]
-    assert (drafts.chosen.drafter, drafts.table.tokens[:2].tolist()) == (NEURAL, [2, 3])
-    before = portfolio.controller.confidence.rates("a", drafts.table.basis)
+    assert (drafts.chosen.drafter, drafts.table[:2]) == (NEURAL, [2, 3])
+    before = portfolio.controller.confidence.rates("a", drafts.cells)
     portfolio.observe("a", 3, [2, 5])  # the target took the first neural draft; the table's first was the same
     record = portfolio.controller.confidence._requests["a"]
     assert record.hits == 1
     assert 0 < record.expected <= 1
-    assert portfolio.controller.confidence.rates("a", drafts.table.basis)[0] > before[0]
+    assert portfolio.controller.confidence.rates("a", drafts.cells)[0] > before[0]
     own = portfolio.controller.acceptance._requests["a"][1]
     assert (own.hits, own.trials) == ([1, 0, 0, 0], [1, 1, 0, 0])
 

@@ -17,7 +17,7 @@ def _served(text: ServedText, request: str, group: tuple[str, str], prompt: list
 
 def _drafts(text: ServedText, group: tuple[str, str], prompt: list[int], k: int = 3) -> list[int]:
     text.begin("probe", group, prompt, 8)
-    drafted = text.propose(["probe"], k)[0].tokens.tolist()
+    drafted = text.propose(["probe"], k).tokens[0]
     text.finish("probe")
     return drafted
 
@@ -25,10 +25,10 @@ def _drafts(text: ServedText, group: tuple[str, str], prompt: list[int], k: int 
 def test_a_request_drafts_from_its_own_prompt_and_answer():
     text = ServedText(_ROOMY, _SLOTS)
     text.begin("a", ("", ""), [1, 2, 3, 4, 1, 2], 10)
-    assert text.propose(["a"], 2)[0].tokens.tolist() == [3, 4]
+    assert text.propose(["a"], 2).tokens[0] == [3, 4]
     text.extend("a", [9, 8])
     text.extend("a", [7, 9])
-    assert text.propose(["a"], 2)[0].tokens.tolist() == [8, 7]
+    assert text.propose(["a"], 2).tokens[0] == [8, 7]
 
 
 def test_answers_are_shared_within_the_group_and_nowhere_else():
@@ -67,7 +67,7 @@ def test_more_tokens_than_room_are_left_out():
     text = ServedText(_ROOMY, _SLOTS)
     text.begin("a", ("", ""), [1, 2], 2)
     text.extend("a", np.arange(10, 20).tolist())
-    assert text.propose(["a"], 1)[0].tokens.tolist() == []
+    assert text.propose(["a"], 1).tokens[0] == []
     text.finish("a")
     assert "a" not in text
 
