@@ -348,14 +348,17 @@ async def measure(
 def _rounds(
     prompts: Mapping[str, Sequence[Conversation]], options: BenchOptions
 ) -> Iterator[tuple[Cell, int, list[Conversation]]]:
-    """Cell, number and prompts of each round; none repeats the prompts of another while there are new ones."""
-    for dataset, mine in prompts.items():
-        sent = 0
-        for load in options.loads:
-            for number in range(options.rounds + 1):
+    """Cell, number and prompts of each round, all cells one after the other: a run that is cut off has some of each.
+
+    None repeats the prompts of another while there are new ones.
+    """
+    sent = dict.fromkeys(prompts, 0)
+    for number in range(options.rounds + 1):
+        for dataset, mine in prompts.items():
+            for load in options.loads:
                 count = options.requests * load.concurrency
-                yield Cell(dataset, *load), number, [mine[(sent + i) % len(mine)] for i in range(count)]
-                sent += count
+                yield Cell(dataset, *load), number, [mine[(sent[dataset] + i) % len(mine)] for i in range(count)]
+                sent[dataset] += count
 
 
 async def _step_costs(url: str) -> dict[str, float]:
