@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
+from aurora.compiled import compiled
 from aurora.speculation_rules import AHEAD, Rule, Slots, choose_lengths, learn
 
 Floats = npt.NDArray[np.float64]
@@ -68,7 +68,7 @@ def new_state(requests: int, max_seqs: int, k_max: int) -> State:
     )
 
 
-@njit(cache=True)
+@compiled
 def advance(state: State, load: Load, engine: Engine, rule: Rule, steps: int) -> None:
     """Up to `steps` further engine steps; fewer when all requests are finished."""
     count = state.counts
@@ -88,7 +88,7 @@ def advance(state: State, load: Load, engine: Engine, rule: Rule, steps: int) ->
         _emit(state, load, rule)
 
 
-@njit(cache=True)
+@compiled
 def _describe(state: State, load: Load, rule: Rule) -> None:
     """Tell each slot its place in the profile and the longest draft of use to it."""
     slots = state.slots
@@ -100,7 +100,7 @@ def _describe(state: State, load: Load, rule: Rule) -> None:
         slots.limit[slot] = max(0, min(rule.k_max, left))
 
 
-@njit(cache=True)
+@compiled
 def _schedule(state: State, load: Load, engine: Engine) -> int:
     """Give out tokens and KV cache: `slots.chunk` of each running request; returns the prompt tokens among them."""
     count, slots = state.counts, state.slots
@@ -129,7 +129,7 @@ def _schedule(state: State, load: Load, engine: Engine) -> int:
     return prefill
 
 
-@njit(cache=True)
+@compiled
 def _prompts_ahead(state: State, load: Load, engine: Engine) -> int:
     """Prompt tokens that the step will read if nobody drafts: of prompts half read, and of the next that wait."""
     count = state.counts
@@ -147,14 +147,14 @@ def _prompts_ahead(state: State, load: Load, engine: Engine) -> int:
     return int(max(min(tokens, left), 0))
 
 
-@njit(cache=True)
+@compiled
 def _has_come(state: State, load: Load, engine: Engine, request: int) -> bool:
     if engine.at_once:
         return bool(request - state.counts[FINISHED] < engine.at_once)
     return bool(load.arrival[request] <= state.clock[NOW])
 
 
-@njit(cache=True)
+@compiled
 def _next_waiting(state: State, load: Load, engine: Engine) -> int:
     """The request that is admitted next, -1 when none waits."""
     count = state.counts
@@ -165,13 +165,13 @@ def _next_waiting(state: State, load: Load, engine: Engine) -> int:
     return int(count[ARRIVED]) if _has_come(state, load, engine, count[ARRIVED]) else -1
 
 
-@njit(cache=True)
+@compiled
 def _unread(state: State, load: Load, request: int) -> int:
     """Tokens that the request reads before it goes on: its prompt, and what it had said if it was sent away."""
     return int(load.prompt[request] + max(state.emitted[request] - 1, 0))
 
 
-@njit(cache=True)
+@compiled
 def _admit(state: State, load: Load, engine: Engine, chunk: int) -> None:
     count, slots = state.counts, state.slots
     request = _next_waiting(state, load, engine)
@@ -190,7 +190,7 @@ def _admit(state: State, load: Load, engine: Engine, chunk: int) -> None:
     count[KV] += chunk
 
 
-@njit(cache=True)
+@compiled
 def _send_away(state: State, i: int) -> None:
     """The request of the i-th slot in use loses its KV cache and waits again."""
     count, slots = state.counts, state.slots
@@ -200,7 +200,7 @@ def _send_away(state: State, i: int) -> None:
     _vacate(state, i)
 
 
-@njit(cache=True)
+@compiled
 def _vacate(state: State, i: int) -> None:
     count, slot = state.counts, state.order[i]
     count[KV] -= state.slots.context[slot]
@@ -210,7 +210,7 @@ def _vacate(state: State, i: int) -> None:
     state.free[len(state.free) - 1 - count[RUNNING]] = slot
 
 
-@njit(cache=True)
+@compiled
 def _seconds(state: State, rule: Rule, passes: int, prefill: int) -> float:
     """Time of the step; `passes` of the drafter."""
     slots, costs = state.slots, rule.costs
@@ -226,7 +226,7 @@ def _seconds(state: State, rule: Rule, passes: int, prefill: int) -> float:
     return float(seconds)
 
 
-@njit(cache=True)
+@compiled
 def _emit(state: State, load: Load, rule: Rule) -> None:
     """What the step's tokens lead to: prompts read on, drafts accepted, requests finished."""
     count, slots, now = state.counts, state.slots, state.clock[NOW]

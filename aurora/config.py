@@ -42,7 +42,8 @@ class _Branch(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-def _cache_dir() -> Path:
+def cache_root() -> Path:
+    """Where everything that can be made again is kept, unless `cache_dir` says otherwise."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aurora"
 
 
@@ -214,7 +215,7 @@ class AuroraConfig(_Branch):
 
     model: str = Field(DEFAULT_MODEL, min_length=1, description="local directory, hub name or the default model")
     run_dir: Path = Field(Path("runs/default"), description="drafter store, checkpoints and W&B files")
-    cache_dir: Path = Field(default_factory=_cache_dir)
+    cache_dir: Path = Field(default_factory=cache_root)
     vllm_args: tuple[str, ...] = Field((), description="flags passed to vLLM as they are")
     server: ServerConfig = ServerConfig()
     speculation: SpeculationConfig = SpeculationConfig()

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
+from aurora.compiled import compiled
 from aurora.step_time import (
     CONSTANT,
     CONTEXT,
@@ -174,7 +174,7 @@ def compile_kernels() -> None:
     choose_latency(one)
 
 
-@njit(cache=True)
+@compiled
 def most_goodput(gains: Floats, limits: Ints, unread: Floats, step: Step, needs: Floats) -> Found:
     """`choose` on arrays: index of the caps, drafters, lengths, expected tokens, expected seconds, merit.
 
@@ -217,7 +217,7 @@ def most_goodput(gains: Floats, limits: Ints, unread: Floats, step: Step, needs:
         best_tokens, best_seconds, merit = top_tokens, top_seconds, top_worth / top_seconds
 
 
-@njit(cache=True)
+@compiled
 def _least_latency(gains: Floats, limits: Ints, unread: Floats, step: Step) -> Found:
     """`choose_latency` on arrays; arguments and result as in `most_goodput`.
 
@@ -258,7 +258,7 @@ def _least_latency(gains: Floats, limits: Ints, unread: Floats, step: Step) -> F
     return best_c, drafters, lengths, tokens, best_seconds, merit
 
 
-@njit(cache=True)
+@compiled
 def _corners(gains: Floats, limits: Ints, unread: float, step: Step, c: int) -> Floats:
     """One request's way along the hull, from no draft on: [moves, (slope, option, seconds, 1 / tokens)].
 
@@ -290,7 +290,7 @@ def _corners(gains: Floats, limits: Ints, unread: float, step: Step, c: int) -> 
         moves, at = moves + 1, to
 
 
-@njit(cache=True)
+@compiled
 def _start(step: Step, c: int) -> float:
     """Seconds of the step without verification and prompts."""
     costs, base, neural, drafted = step.costs, step.base, step.caps[c, 0], step.caps[c, 1]
@@ -306,24 +306,24 @@ def _start(step: Step, c: int) -> float:
     return float(seconds)
 
 
-@njit(cache=True)
+@compiled
 def _each(step: Step, c: int) -> float:
     """Seconds that a draft adds: its verification, and where the neural drafter runs its reading."""
     return float(step.costs[DRAFT] + step.costs[READ]) if step.caps[c, 0] else float(step.costs[DRAFT])
 
 
-@njit(cache=True)
+@compiled
 def _reading(step: Step, unread: float, drafter: int) -> float:
     """Seconds that the draft model reads before it drafts for a request."""
     return float(step.costs[MODEL_READ] * unread) if drafter == MODEL else 0.0
 
 
-@njit(cache=True)
+@compiled
 def _longest(limit: int, caps: Ints, drafter: int) -> int:
     """Longest draft of a drafter within the caps."""
     return limit if drafter == TABLE else min(limit, caps[0] if drafter == NEURAL else caps[1])
 
 
-@njit(cache=True)
+@compiled
 def _worth(tokens: float, need: float) -> float:
     return tokens + (LATE - 1) * min(tokens, max(need, 0.0))

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from aurora.acceptance import OPTIMISM, REQUEST_MEMORY, REQUEST_PRIOR, SHARED_MEMORY, SHARED_PRIOR
+from aurora.compiled import compiled
 from aurora.controller import BURST, INVESTED_STEPS, WORTH_READING
 from aurora.goodput import DRAFTERS, NEURAL, TABLE, Step, most_goodput
 from aurora.step_time import CONSTANT, CONTEXT, DRAFT, FIRST_PASS, FURTHER_PASS, PREFILL, READ, REQUEST
@@ -67,7 +67,7 @@ def new_memory() -> Floats:
     return np.array([BURST, 1.0, OPTIMISM, 0.0, 0.0])
 
 
-@njit(cache=True)
+@compiled
 def choose_lengths(slots: Slots, running: Ints, rule: Rule) -> int:
     """Write `slots.length` of the running slots that decode; returns the passes of the neural drafter."""
     decoding = running[slots.to_read[running] == 0]
@@ -91,7 +91,7 @@ def choose_lengths(slots: Slots, running: Ints, rule: Rule) -> int:
     return passes
 
 
-@njit(cache=True)
+@compiled
 def learn(slots: Slots, slot: int, accepted: int, rule: Rule) -> None:
     """`accepted` of the slot's drafts were right."""
     drafted = slots.length[slot]
@@ -106,7 +106,7 @@ def learn(slots: Slots, slot: int, accepted: int, rule: Rule) -> None:
         rule.memory[RATE] = rate
 
 
-@njit(cache=True)
+@compiled
 def _observe(slots: Slots, slot: int, drafted: int, accepted: int, rule: Rule) -> None:
     """Decayed hits and trials of the request and of all (`aurora.acceptance`)."""
     for j in range(min(accepted + 1, drafted)):
@@ -116,7 +116,7 @@ def _observe(slots: Slots, slot: int, drafted: int, accepted: int, rule: Rule) -
         rule.trials[j] = rule.trials[j] * (1 - 1 / SHARED_MEMORY) + 1
 
 
-@njit(cache=True)
+@compiled
 def _usable_in(slots: Slots, slot: int, rule: Rule) -> int:
     """Longest draft that the slot can have."""
     if rule.passes:
@@ -127,7 +127,7 @@ def _usable_in(slots: Slots, slot: int, rule: Rule) -> int:
     return offered
 
 
-@njit(cache=True)
+@compiled
 def _usable(slots: Slots, which: Ints, rule: Rule) -> Ints:
     limits = np.zeros(len(which), np.int64)
     for i, slot in enumerate(which):
@@ -135,7 +135,7 @@ def _usable(slots: Slots, which: Ints, rule: Rule) -> Ints:
     return limits
 
 
-@njit(cache=True)
+@compiled
 def _smartspec(slots: Slots, decoding: Ints, rule: Rule) -> int:
     """The length with the best goodput if every draft were accepted with the same probability (arXiv 2406.14066)."""
     requests, rate = len(decoding), min(rule.memory[RATE], 0.999)
@@ -149,7 +149,7 @@ def _smartspec(slots: Slots, decoding: Ints, rule: Rule) -> int:
     return best
 
 
-@njit(cache=True)
+@compiled
 def _goodput(slots: Slots, running: Ints, decoding: Ints, rule: Rule) -> int:
     """The best length for each, and a burst of exploration where the drafter would never be seen otherwise."""
     memory = rule.memory
@@ -177,7 +177,7 @@ def _goodput(slots: Slots, running: Ints, decoding: Ints, rule: Rule) -> int:
     return 0
 
 
-@njit(cache=True)
+@compiled
 def _best_as_expected(slots: Slots, decoding: Ints, rule: Rule) -> int:
     """The best lengths by the expectations that the rule was given."""
     gains = np.zeros((len(decoding), rule.k_max))
@@ -186,7 +186,7 @@ def _best_as_expected(slots: Slots, decoding: Ints, rule: Rule) -> int:
     return int(_best(slots, decoding, gains, _usable(slots, decoding, rule), rule))
 
 
-@njit(cache=True)
+@compiled
 def _invests(slots: Slots, running: Ints, rule: Rule) -> bool:
     """Whether the drafter would pay if no request were cold (`SpeculationController`)."""
     gains = _expected(slots, running, rule)
@@ -200,7 +200,7 @@ def _invests(slots: Slots, running: Ints, rule: Rule) -> bool:
     return bool(emitted / seconds > WORTH_READING * len(running) / plain)
 
 
-@njit(cache=True)
+@compiled
 def _expected(slots: Slots, which: Ints, rule: Rule) -> Floats:
     """Expected extra tokens of each draft of the neural drafter, [requests, k_max] (`AcceptanceModel.gains`)."""
     shared = np.zeros(rule.k_max)
@@ -218,14 +218,14 @@ def _expected(slots: Slots, which: Ints, rule: Rule) -> Floats:
     return gains
 
 
-@njit(cache=True)
+@compiled
 def _plain_seconds(slots: Slots, decoding: Ints, rule: Rule) -> float:
     """Time of a step of these requests without drafts and prompts."""
     context = slots.context[decoding].sum() * 1e-3
     return float(rule.costs[CONSTANT] + rule.costs[REQUEST] * len(decoding) + rule.costs[CONTEXT] * context)
 
 
-@njit(cache=True)
+@compiled
 def _ahead(rule: Rule) -> float:
     """Prompt tokens that the drafter pays for in a step that reads them. Who is never cold need not invest in them."""
     if rule.kind == GOODPUT:
@@ -233,7 +233,7 @@ def _ahead(rule: Rule) -> float:
     return float(rule.memory[AHEAD]) if rule.kind in (HINDSIGHT, ORACLE) else 0.0
 
 
-@njit(cache=True)
+@compiled
 def _pass_seconds(passes: int, requests: int, rule: Rule) -> float:
     """Time of the drafter's passes, drafts not counted."""
     if passes == 0:
@@ -243,13 +243,13 @@ def _pass_seconds(passes: int, requests: int, rule: Rule) -> float:
     )
 
 
-@njit(cache=True)
+@compiled
 def _each(rule: Rule) -> float:
     """Time that a draft adds: its verification, and that the drafter reads it."""
     return float(rule.costs[DRAFT] + (rule.costs[READ] if rule.passes else 0.0))
 
 
-@njit(cache=True)
+@compiled
 def _best(slots: Slots, which: Ints, gains: Floats, limits: Ints, rule: Rule) -> int:
     """Lengths of the best goodput (`aurora.goodput.most_goodput`); writes them, returns the passes."""
     requests, drafter = len(which), NEURAL if rule.passes else TABLE
@@ -266,7 +266,7 @@ def _best(slots: Slots, which: Ints, gains: Floats, limits: Ints, rule: Rule) ->
     return int(caps[c, 0])
 
 
-@njit(cache=True)
+@compiled
 def _base(slots: Slots, decoding: Ints, rule: Rule) -> Floats:
     """Work of a step of these requests without drafts, as far as the rule sees it (`StepWork.vector`)."""
     base = np.zeros(len(rule.costs))
