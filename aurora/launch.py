@@ -12,6 +12,7 @@ import sys
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import FrameType
@@ -99,12 +100,13 @@ def _supervise(deployment: Deployment) -> int:
     """Run the server; when its process died, run the restarted one. Ends with exit code 0 after a stop signal."""
     import ray
 
-    stopping = _StopSignals(deployment.server.stop.remote)
+    stopping = _StopSignals(deployment.server.stop.remote, partial(ray.kill, deployment.server))
     failures = 0  # in a row, without ever becoming ready
     while True:
         running = deployment.server.run.remote()
         try:
-            failures = 0 if _announce(deployment, running) else failures + 1
+            stopping.serving = False
+            failures = 0 if _announce(deployment, running, stopping) else failures + 1
             ray.get(running)
             return 0
         except ray.exceptions.RayTaskError as error:
@@ -122,7 +124,7 @@ def _supervise(deployment: Deployment) -> int:
                 return 0
 
 
-def _announce(deployment: Deployment, running: Any) -> bool:
+def _announce(deployment: Deployment, running: Any, stopping: "_StopSignals") -> bool:
     """Say where the endpoint is, once it answers; False when the server ended before that."""
     import ray
 
@@ -139,6 +141,7 @@ def _announce(deployment: Deployment, running: Any) -> bool:
         host, port = ray.get(address)
     except ray.exceptions.RayActorError:
         return False
+    stopping.serving = True
     print(f"aurora: {deployment.config.model} answers at http://{host}:{port}/v1", flush=True)
     return True
 
@@ -152,11 +155,15 @@ def _ray_logs() -> str:
 
 
 class _StopSignals:
-    """Calls `action` at the first SIGINT or SIGTERM; the second one ends this process."""
+    """Calls `drain`, or `kill` while nothing is served, at the first SIGINT or SIGTERM; the second ends this process.
 
-    def __init__(self, action: Callable[[], object]) -> None:
+    A server that is starting is too busy to listen, and has nothing to drain.
+    """
+
+    def __init__(self, drain: Callable[[], object], kill: Callable[[], object]) -> None:
         self.received = False
-        self._action = action
+        self.serving = False
+        self._drain, self._kill = drain, kill
         self._queue: SimpleQueue[int] = SimpleQueue()  # unlike an Event it may be filled from a signal handler
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._handle)
@@ -172,7 +179,7 @@ class _StopSignals:
             sys.exit(128 + number)
         self.received = True
         self._queue.put(number)
-        self._action()
+        (self._drain if self.serving else self._kill)()
 
 
 def _start_ray(config: AuroraConfig) -> None:

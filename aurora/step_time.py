@@ -1,6 +1,6 @@
 """How long an engine step takes: linear in what the step computes, fitted online from the engine's own steps."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,8 +13,9 @@ Ints = npt.NDArray[np.int64]
 _MEMORY = 1000.0  # steps after which an observation's weight has faded to 1/e
 _PACE_MEMORY = 50.0  # the same for the machine's pace
 _PULL = 0.1  # steps that the last fit counts for
-_ANCHORED = 10.0  # steps that costs which were measured on purpose count for, at all times
 _REFIT_EVERY = 8
+_ON_PURPOSE = 10.0  # times that a step counts which was taken to measure it
+_ROUNDS = 20  # of a fit to many steps at once
 _SETTLED = 32  # steps from which on the fit is believed more than a step that contradicts it
 _SURPRISE = 0.3  # difference from the prediction, as the logarithm of the ratio, beyond which a step says no more
 _FIRST_SURPRISE = 1.1  # the same before
@@ -86,14 +87,15 @@ class StepTimeModel:
     one cost is relative to another, which is all that a choice depends on, is thus not mistaken for the pace.
 
     A rule that acts on the fit decides what the fit sees: held to be free, drafts are always as long as possible, so
-    that their cost cannot be told from that of requests. Therefore costs that were measured on purpose (`known`) keep
-    pulling: they decide what the steps do not.
+    that their cost cannot be told from that of requests. Therefore steps that were taken on purpose (`measured`) are
+    never forgotten: they decide what the others do not.
     """
 
     _gram: Floats = field(default_factory=lambda: np.zeros((len(COSTS), len(COSTS))))
     _moment: Floats = field(default_factory=lambda: np.zeros(len(COSTS)))
     _costs: Floats | None = None  # at the usual pace
-    _anchor: Floats | None = None  # what they are pulled to; None: the last fit
+    _kept_gram: Floats = field(default_factory=lambda: np.zeros((len(COSTS), len(COSTS))))
+    _kept_moment: Floats = field(default_factory=lambda: np.zeros(len(COSTS)))
     _pace: float = 0.0  # logarithm of how many times longer steps take of late
     _seen: int = 0
     _model_seen: bool = False  # whether a draft model ever ran
@@ -111,7 +113,28 @@ class StepTimeModel:
         guesses = dict(zip(COSTS, (_PRIOR_SHARES * costs["constant"]).tolist(), strict=True))
         known = np.array([costs.get(name, guesses[name]) for name in COSTS], dtype=np.float64)
         seen = any(name in costs for name in MODEL_COSTS)
-        return cls(_costs=known, _anchor=known, _seen=_SETTLED, _model_seen=seen)
+        return cls(_costs=known, _seen=_SETTLED, _model_seen=seen)
+
+    @classmethod
+    def measured(cls, steps: Sequence[tuple[StepWork, float]]) -> "StepTimeModel":
+        """A model that never forgets these steps and their seconds, which were taken on purpose.
+
+        They are fitted all at once, in rounds, since weights and clipped surprises depend on the fit. Raises ValueError
+        without steps.
+        """
+        if not steps:
+            raise ValueError("no steps to fit")
+        x, seconds = np.array([work.vector() for work, _ in steps]), np.array([each for _, each in steps])
+        predicted, costs = seconds, _PRIOR_SHARES * float(np.median(seconds / (x @ _PRIOR_SHARES)))
+        model_seen = any(work.model_first for work, _ in steps)
+        for _ in range(_ROUNDS):
+            surprise = np.clip(np.log(seconds / predicted), -_SURPRISE, _SURPRISE)
+            rows = x / predicted[:, None]
+            gram, moment = rows.T @ rows, rows.T @ np.exp(surprise)
+            costs = _solve(gram, moment, costs)
+            predicted = np.maximum(x @ costs, 1e-9)
+        gram, moment = _ON_PURPOSE * gram, _ON_PURPOSE * moment
+        return cls(_costs=costs, _kept_gram=gram, _kept_moment=moment, _seen=_SETTLED, _model_seen=model_seen)
 
     @property
     def ready(self) -> bool:
@@ -157,16 +180,18 @@ class StepTimeModel:
             self._costs = self._fit(self._costs)
 
     def _fit(self, last: Floats) -> Floats:
-        """Minimise the weighted squares plus a pull to the anchor, under costs >= 0."""
-        anchor, pull = (last, _PULL) if self._anchor is None else (self._anchor, _ANCHORED)
-        scale = np.maximum(anchor, 0.1 * last[0] * _PRIOR_SHARES)  # of a pull: one that is 0 must not stay there
-        gram = self._gram * np.outer(scale, scale) + pull * np.eye(len(scale))
-        root = np.linalg.cholesky(gram)
-        moment = self._moment * scale + pull * anchor / scale
-        costs: Floats = nnls(root.T, np.linalg.solve(root, moment))[0] * scale
-        costs[0] = max(costs[0], 1e-6)
-        return costs
+        """What was seen, with a pull to the last fit."""
+        return _solve(self._gram + self._kept_gram, self._moment + self._kept_moment, last)
 
     def median_error(self) -> float:
         """Median absolute relative error of the last 256 predictions, made before the step was seen; 0.0 before any."""
         return float(np.median(self._errors)) if self._errors else 0.0
+
+
+def _solve(gram: Floats, moment: Floats, last: Floats) -> Floats:
+    """Costs >= 0 that minimise the weighted squares plus a pull to `last`."""
+    scale = np.maximum(last, 0.1 * last[0] * _PRIOR_SHARES)  # of a pull: one that is 0 must not stay there
+    root = np.linalg.cholesky(gram * np.outer(scale, scale) + _PULL * np.eye(len(scale)))
+    costs: Floats = nnls(root.T, np.linalg.solve(root, moment * scale + _PULL * last / scale))[0] * scale
+    costs[0] = max(costs[0], 1e-6)
+    return costs

@@ -79,8 +79,8 @@ class Server:
         if engine.drafter is None:
             return []
         await install_seams(engine, self.config)
-        if engine.uncalibrated is not None:
-            await calibrate(engine, engine.uncalibrated)
+        if engine.uncalibrated:
+            await calibrate(engine)
         exporter = PrometheusExporter(REGISTRY)
         ingest = _ingest_into(self.trainer) if self.trainer is not None else None
         forwarder = TraceForwarder(ingest, exporter, _trace_log(self.config))

@@ -6,15 +6,16 @@ requests say.
 """
 
 import asyncio
+import dataclasses
 import hashlib
 import json
 import logging
 import os
 import platform
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
@@ -23,7 +24,7 @@ from aurora.config import AuroraConfig
 from aurora.controller import Plan
 from aurora.goodput import TABLE
 from aurora.metrics import EngineReport
-from aurora.step_time import StepTimeModel
+from aurora.step_time import StepTimeModel, StepWork
 from aurora.store import DrafterVersion
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ _BATCHES = (1, 2, 4, 8, 16)
 _OUTPUT_TOKENS = 20
 _PROMPT_TOKENS = (16, 192)
 _MADE_UP = 1  # the token that is drafted and verified
+_VERSION = 3  # of what is kept; 2: a step lasts from one output to the next, 3: the steps themselves
 
 
 def is_calibration(request_id: str) -> bool:
@@ -69,6 +71,7 @@ class Drill:
 def costs_file(config: AuroraConfig, model_dir: Path, drafter: DrafterVersion) -> Path:
     """Where the costs of this model, machine and set of flags are kept."""
     what = {
+        "version": _VERSION,
         "model": _digest(model_dir / "config.json"),
         "drafter": _digest(drafter.path / "config.json"),
         "drafters": config.speculation.drafters,
@@ -83,18 +86,30 @@ def costs_file(config: AuroraConfig, model_dir: Path, drafter: DrafterVersion) -
 
 
 def known_costs(file: Path) -> StepTimeModel | None:
-    """The step-time model that an earlier start measured; None where there is none, or none that can be read."""
+    """The step-time model of the steps that an earlier start drilled; None where none can be read."""
     try:
-        return StepTimeModel.known(json.loads(file.read_text())["step_costs"])
+        rows = json.loads(file.read_text())["steps"]
+        return StepTimeModel.measured([(StepWork(*row[:-1]), float(row[-1])) for row in rows])
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         log.warning("%s: %r; step costs are measured again", file, error)
         return None
 
 
-async def calibrate(engine: "RunningEngine", file: Path) -> None:
-    """Measure the step costs, which stay with the engine, and keep them in `file`. Takes some hundred steps."""
+def keep_costs(file: Path, steps: Sequence[tuple[StepWork, float]]) -> None:
+    """Keep what steps took for the next start. A disk that does not take them is no reason to stop."""
+    written = file.with_suffix(f".{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        written.write_text(json.dumps({"steps": [[*dataclasses.astuple(work), seconds] for work, seconds in steps]}))
+        written.replace(file)
+    except OSError as error:
+        log.warning("%s: %s; step costs are measured again at the next start", file, error.strerror)
+
+
+async def calibrate(engine: "RunningEngine") -> None:
+    """Let the engine measure its step costs, in some hundred steps; with the first request it keeps them."""
     started, rng = time.perf_counter(), np.random.default_rng(0)
     model = engine.client.model_config
     longest = min(_PROMPT_TOKENS[1], model.max_model_len - _OUTPUT_TOKENS - 1)
@@ -108,7 +123,6 @@ async def calibrate(engine: "RunningEngine", file: Path) -> None:
     report = msgspec.msgpack.decode(encoded, type=EngineReport)
     seconds = time.perf_counter() - started
     log.info("%d steps calibrated in %.1f s, median error %.1f %%", report.steps, seconds, 100 * report.step_error)
-    _keep(file, {"step_costs": report.step_costs, "steps": report.steps, "median_error": report.step_error})
 
 
 async def _run(engine: "RunningEngine", request_id: str, prompt: list[int]) -> None:
@@ -117,16 +131,6 @@ async def _run(engine: "RunningEngine", request_id: str, prompt: list[int]) -> N
     params = SamplingParams(temperature=0.0, max_tokens=_OUTPUT_TOKENS, ignore_eos=True, detokenize=False)
     async for _ in engine.client.generate({"prompt_token_ids": prompt}, params, request_id):
         pass
-
-
-def _keep(file: Path, measured: Mapping[str, Any]) -> None:
-    written = file.with_suffix(f".{os.getpid()}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        written.write_text(json.dumps(measured, indent=1))
-        written.replace(file)
-    except OSError as error:
-        log.warning("%s: %s; step costs are measured again at the next start", file, error.strerror)
 
 
 def _digest(file: Path) -> str:

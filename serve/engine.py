@@ -26,7 +26,7 @@ class RunningEngine:
     args: Namespace  # vLLM's serve arguments
     drafter: DrafterVersion | None  # None without speculation
     draft_model: DrafterVersion | None = None  # None where no draft model drafts
-    uncalibrated: Path | None = None  # where its step costs belong, if they are not known yet
+    uncalibrated: bool = False  # whether its step costs are to be measured
 
 
 def parse_vllm_args(model: str, flags: tuple[str, ...]) -> Namespace:
@@ -57,10 +57,10 @@ def start_engine(config: AuroraConfig, model_dir: Path) -> RunningEngine:
     _set_defaults(args, config.vllm_args)
     drafter = _first_drafter(config, model_dir) if config.speculation.enabled else None
     draft_model = _first_draft_model(config, model_dir)
-    uncalibrated = None
+    uncalibrated = False
     if drafter is not None:
         costs = costs_file(config, model_dir, drafter)
-        uncalibrated = costs if _wants_calibration(config) and known_costs(costs) is None else None
+        uncalibrated = _wants_calibration(config) and known_costs(costs) is None
         _speculate(args, config, drafter, costs)
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM

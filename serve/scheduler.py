@@ -20,7 +20,7 @@ from aurora.config import SpeculationConfig
 from aurora.controller import Ahead, Plan, RequestView
 from aurora.goodput import MODEL
 from aurora.step_time import StepTimeModel, StepWork
-from serve.calibration import Drill, is_calibration, known_costs
+from serve.calibration import Drill, is_calibration, keep_costs, known_costs
 from serve.portfolio import Portfolio
 from serve.request_options import RequestOptions
 from serve.step_log import StepLog
@@ -74,9 +74,11 @@ class AuroraScheduler(Scheduler):
         self.portfolio = Portfolio(speculation, self.num_spec_tokens)
         self.controller = self.portfolio.controller
         costs = self.vllm_config.additional_config.get("aurora_step_costs")
-        self.controller.step_time = (costs and known_costs(Path(costs))) or self.controller.step_time
+        self._costs = Path(costs) if costs is not None else None
+        self.controller.step_time = (self._costs and known_costs(self._costs)) or self.controller.step_time
         self._drill = Drill(self.num_spec_tokens, neural=self.controller.neural)
         self._drilling = False  # whether the step at hand calibrates
+        self._drilled: list[tuple[StepWork, float]] = []  # steps that did, until they are kept
         self._plan = Plan(0, skip_drafter=False)
         self._work: StepWork | None = None
         self._ended_s: float | None = None  # when the last step gave its tokens; None: nothing was left to do
@@ -101,9 +103,9 @@ class AuroraScheduler(Scheduler):
             return output
         self._expected = self.controller.expected_tokens
         self._begin(output.num_scheduled_tokens)
-        drilled, self._drilling = self._drilling, any(map(is_calibration, output.num_scheduled_tokens))
-        if drilled and not self._drilling:
-            self.controller.step_time = StepTimeModel.known(self.controller.step_time.costs)
+        self._drilling = any(map(is_calibration, output.num_scheduled_tokens))
+        if self._drilled and not self._drilling:
+            self._keep_costs()
         self._plan = self._drill.plan() if self._drilling else self._plan_for(output)
         output.num_spec_tokens_to_schedule = self._plan.cap
         self._work = self._work_of(output)
@@ -147,6 +149,13 @@ class AuroraScheduler(Scheduler):
         drafts = self._settle(neural, notes.model if notes is not None else {})
         draft_token_ids.draft_token_ids[:] = [drafts.get(r, []) for r in draft_token_ids.req_ids]
         super().update_draft_token_ids(draft_token_ids)
+
+    def _keep_costs(self) -> None:
+        """The calibration is over."""
+        self.controller.step_time = StepTimeModel.measured(self._drilled)
+        if self._costs is not None:
+            keep_costs(self._costs, self._drilled)
+        self._drilled = []
 
     def _plan_for(self, output: "SchedulerOutput") -> Plan:
         views = [self._view(r, output) for r in output.num_scheduled_tokens]
@@ -282,4 +291,6 @@ class AuroraScheduler(Scheduler):
         model = self.controller.step_time
         self._last = (model.predict(work) if model.ready else 0.0, self._expected, seconds)
         self._step_s = seconds
+        if self._drilling:
+            self._drilled.append((work, seconds))
         self.controller.observe_step(work, seconds)

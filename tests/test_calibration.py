@@ -9,9 +9,9 @@ import pytest
 
 from aurora.config import load_config
 from aurora.goodput import TABLE
-from aurora.step_time import COSTS, MODEL_COSTS, StepTimeModel, StepWork
+from aurora.step_time import COSTS, StepTimeModel, StepWork
 from aurora.store import DrafterVersion
-from serve.calibration import Drill, _keep, costs_file, is_calibration, known_costs
+from serve.calibration import Drill, costs_file, is_calibration, keep_costs, known_costs
 
 K = 4
 _OF_DECODING = ("constant", "request", "draft", "first_pass", "further_pass")
@@ -19,7 +19,7 @@ _OF_DECODING = ("constant", "request", "draft", "first_pass", "further_pass")
 
 def test_the_drill_tells_costs_apart() -> None:
     true = dict(zip(COSTS, [0.033, 0.0019, 0.0022, 0.0007, 0.005, 0.006, 0.0001, 0.006, 0, 0, 0], strict=True))
-    model, drill, rng = StepTimeModel(), Drill(K, neural=True), np.random.default_rng(1)
+    steps, drill, rng = [], Drill(K, neural=True), np.random.default_rng(1)
     for requests in (1, 2, 4, 8, 16):
         drafts = 0
         for step in range(20):
@@ -28,10 +28,12 @@ def test_the_drill_tells_costs_apart() -> None:
             assert plan.skip_drafter == (plan.cap == 0)
             context = requests * (100 + 2 * step)
             work = StepWork(requests, drafts, prompts, context, int(plan.cap > 0), max(plan.cap - 1, 0))
-            model.observe(work, float(np.dot([true[n] for n in COSTS], work.vector())) * float(rng.lognormal(0, 0.03)))
+            seconds = float(np.dot([true[n] for n in COSTS], work.vector())) * float(rng.lognormal(0, 0.03))
+            steps.append((work, seconds))
             drafts = sum(map(len, drill.settle({f"{i}": K for i in range(requests)}).values()))
+    costs = StepTimeModel.measured(steps).costs
     for name in _OF_DECODING:
-        assert model.costs[name] == pytest.approx(true[name], rel=0.35), name
+        assert costs[name] == pytest.approx(true[name], rel=0.35), name
 
 
 def test_the_drill_keeps_to_limits_and_drafts_for_the_table() -> None:
@@ -49,16 +51,16 @@ def test_only_our_own_requests_calibrate() -> None:
 
 
 def test_what_was_measured_is_found_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    costs = {name: 0.001 * (i + 1) for i, name in enumerate(COSTS) if name not in MODEL_COSTS}
+    steps = [(StepWork(n, n % 3, 10 * (n % 2), 100 * n, n % 2, 0), 0.03 + 0.002 * n) for n in range(1, 30)]
     file = tmp_path / "new" / "costs.json"
     assert known_costs(file) is None
     assert not caplog.records
-    _keep(file, {"step_costs": costs})
+    keep_costs(file, steps)
     found = known_costs(file)
     assert found is not None
-    assert found.costs == pytest.approx(costs)
+    assert found.costs == pytest.approx(StepTimeModel.measured(steps).costs)
     assert [path.name for path in file.parent.iterdir()] == ["costs.json"]
-    for broken in ("", "[1]", '{"step_costs": {"constant": 1}}', '{"step_costs": {"constant": "x"}}'):
+    for broken in ("", "[1]", '{"steps": [[1, 2]]}', '{"steps": []}', '{"steps": [[1, 0, 0, 9, 0, 0, 0, 0, 0, "x"]]}'):
         file.write_text(broken)
         with caplog.at_level(logging.WARNING):
             assert known_costs(file) is None
@@ -66,7 +68,7 @@ def test_what_was_measured_is_found_again(tmp_path: Path, caplog: pytest.LogCapt
         caplog.clear()
     occupied = tmp_path / "file"
     occupied.write_text("")
-    _keep(occupied / "costs.json", {"step_costs": costs})
+    keep_costs(occupied / "costs.json", steps)
     assert "measured again at the next start" in caplog.text
 
 

@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from aurora.config import UserError
 from serve.engine import parse_vllm_args
-from tests.integration.process import ServedModel
+from tests.integration.process import START_LIMIT_S, ServedModel
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.engine
 
@@ -26,6 +27,13 @@ def test_unknown_flags_are_refused_by_name(tiny_model: Path) -> None:
         parse_vllm_args(str(tiny_model), ("--no-such-flag", "3"))
     with pytest.raises(UserError, match="max-model-len"):
         parse_vllm_args(str(tiny_model), ("--max-model-len", "many"))
+
+
+def test_a_stop_while_it_starts(tiny_model: Path, tmp_path: Path) -> None:
+    server = ServedModel(tiny_model, tmp_path / "run", "--no-learning")
+    wait_until(lambda: any("EngineCore" in p.name() for p in server.processes()), START_LIMIT_S, "the engine starts")
+    assert server.stop() == 0
+    assert "answers at" not in server.output()
 
 
 def test_a_port_in_use(tiny_model: Path, tmp_path: Path) -> None:
