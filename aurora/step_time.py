@@ -15,6 +15,7 @@ _PACE_MEMORY = 50.0  # the same for the machine's pace
 _PULL = 0.1  # steps that the last fit counts for
 _REFIT_EVERY = 8
 _ON_PURPOSE = 10.0  # times that a step counts which was taken to measure it
+_USUAL_NOISE = 0.1  # median difference of such steps from their fit, as a logarithm; noisier ones count for less
 _ROUNDS = 20  # of a fit to many steps at once
 _SETTLED = 32  # steps from which on the fit is believed more than a step that contradicts it
 _SURPRISE = 0.3  # difference from the prediction, as the logarithm of the ratio, beyond which a step says no more
@@ -133,7 +134,9 @@ class StepTimeModel:
             gram, moment = rows.T @ rows, rows.T @ np.exp(surprise)
             costs = _solve(gram, moment, costs)
             predicted = np.maximum(x @ costs, 1e-9)
-        gram, moment = _ON_PURPOSE * gram, _ON_PURPOSE * moment
+        off = float(np.median(np.abs(np.log(seconds / predicted))))
+        weight = _ON_PURPOSE * min(1.0, _USUAL_NOISE / max(off, 1e-9)) ** 2
+        gram, moment = weight * gram, weight * moment
         return cls(_costs=costs, _kept_gram=gram, _kept_moment=moment, _seen=_SETTLED, _model_seen=model_seen)
 
     @property
