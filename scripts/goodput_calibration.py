@@ -7,6 +7,7 @@ the same number of requests and read no prompt: expected tokens / predicted seco
 """
 
 import argparse
+import json
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from aurora.results import Row, write_rows
+from aurora.step_time import StepTimeModel, StepWork
 from serve.step_log import LoggedStep, read_steps
 
 WINDOW = 8  # steps
@@ -80,6 +82,7 @@ def main() -> None:
     parser.add_argument("log", type=Path, help="log of steps")
     parser.add_argument("--results", type=Path, help="put rows of results there")
     parser.add_argument("--plot", type=Path, help="picture to write, .png")
+    parser.add_argument("--costs", type=Path, help="write the run's mean step costs there, for `aurora simulate`")
     options = parser.parse_args()
     known = [s for s in read_steps(options.log) if s.predicted_s and s.requests and s.emitted_tokens]
     if not known:
@@ -96,8 +99,28 @@ def main() -> None:
     Console().print(table)
     if options.results is not None:
         write_rows(options.results, rows)
+    if options.costs is not None:
+        options.costs.write_text(json.dumps({"step_costs": mean_costs(known)}, indent=1))
     if options.plot is not None:
         _draw(known, options.plot)
+
+
+def mean_costs(steps: Sequence[LoggedStep]) -> dict[str, float]:
+    """Step costs that add up to what all the steps took, at whatever pace."""
+    works = [
+        StepWork(
+            s.requests,
+            s.drafts,
+            s.prefill_tokens,
+            s.context_tokens,
+            draft_first=min(s.neural_passes, 1),
+            draft_more=max(s.neural_passes - 1, 0),
+        )
+        for s in steps
+    ]
+    model = StepTimeModel.measured([(work, s.measured_s) for work, s in zip(works, steps, strict=True)])
+    pace = sum(s.measured_s for s in steps) / sum(map(model.predict, works))
+    return {name: pace * seconds for name, seconds in model.costs.items()}
 
 
 def _draw(steps: list[LoggedStep], file: Path) -> None:
