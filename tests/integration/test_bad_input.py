@@ -30,8 +30,13 @@ def test_unknown_flags_are_refused_by_name(tiny_model: Path) -> None:
 
 
 def test_a_stop_while_it_starts(tiny_model: Path, tmp_path: Path) -> None:
-    server = ServedModel(tiny_model, tmp_path / "run", "--no-learning")
-    wait_until(lambda: any("EngineCore" in p.name() for p in server.processes()), START_LIMIT_S, "the engine starts")
+    server = ServedModel(tiny_model, tmp_path / "run", "--no-speculation")
+
+    def engine_is_there() -> bool:
+        assert server.process.poll() is None, server.output()
+        return any("EngineCore" in process.name() for process in server.processes())
+
+    wait_until(engine_is_there, START_LIMIT_S, "the engine starts")
     assert server.stop() == 0
     assert "answers at" not in server.output()
 
