@@ -16,26 +16,24 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
+from aurora.bench_result import BASELINE, BenchResult, Cell, Measurement, show
 from aurora.config import DEFAULT_MODEL, UserError, require_positive, require_writable
 from aurora.local_server import LocalServer
 from aurora.prompts import Conversation, read_prompts
-from aurora.results import Row, command_line, read_rows, write_rows
+from aurora.results import read_rows, write_rows
 from aurora.scrape import Scrape, parse_scrape, tokens_per_step
 from aurora.sender import Record, Sender
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
-BASELINE = "no speculation"
 ARMS = {
     "fixed-3": "neural drafter, three drafts for all; any other number likewise",
     "table-3": "n-gram table, three drafts for all; any other number likewise",
@@ -45,9 +43,8 @@ ARMS = {
     "portfolio": "both drafters, chosen by goodput",
     "learning": "the same with a trainer beside it",
 }
-_OVER = {BASELINE: "speedup_over_no_speculation", "vllm-ngram": "speedup_over_vllm_ngram"}
-_OURS = ("table", "portfolio", "learning")  # arms with a rule of ours
 _FIXED = re.compile(r"(fixed|table)-([1-9]|1[0-6])")
+_FLAGS = {"datasets": "--dataset", "loads": "--concurrency"}  # of options that are not named like theirs
 _LOOKUP_K = 3  # drafts of vLLM's prompt lookup
 _REQUEST_TIMEOUT_S = 600.0
 _COUNTER_LIMIT_S = 30.0
@@ -73,18 +70,6 @@ class Load(NamedTuple):
 
     concurrency: int
     temperature: float = 0.0
-
-
-class Cell(NamedTuple):
-    """What is compared among the arms."""
-
-    dataset: str
-    concurrency: int
-    temperature: float
-
-    def __str__(self) -> str:
-        sampled = f", temperature {self.temperature:g}" if self.temperature else ""
-        return f"{self.dataset}, {self.concurrency} at once{sampled}"
 
 
 @dataclass(frozen=True)
@@ -118,95 +103,18 @@ class BenchOptions:
         if any(flag.startswith("--fixed-k") for flag in self.vllm_args):
             raise UserError("--fixed-k: every arm would have it; name arms instead, such as --arms fixed-1,fixed-3")
         begins = [begin for begin, _ in self.batch_table]
-        if begins[:1] != [1] or sorted(set(begins)) != begins or min(k for _, k in self.batch_table) < 0:
+        lengths = [k for _, k in self.batch_table]
+        if begins[:1] != [1] or sorted(set(begins)) != begins or min(lengths) < 0 or not max(lengths):
             given = ",".join(f"{begin}:{k}" for begin, k in self.batch_table)
-            raise UserError(f"--batch-table {given}: must rise from 1, each with a length of 0 or more")
+            raise UserError(f"--batch-table {given}: must rise from 1, with lengths of 0 or more, one of them above 0")
+        names = [Path(name).stem for name in self.datasets]
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise UserError(f"--dataset: {twice[0]} names two data sets; rename one, so that their cells differ")
         if self.cell and len(self.datasets) > 1:
             raise UserError(f"--cell {self.cell}: names one data set; there are {len(self.datasets)}")
         require_writable("--json", self.json_file)
         require_writable("--results", self.results)
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """One arm in one round."""
-
-    dataset: str
-    concurrency: int
-    temperature: float
-    arm: str
-    round: int
-    tokens_per_s: float
-    tokens_per_step: float | None  # None without speculation
-    tokens: int
-    latency_s: tuple[float, ...]  # of each request
-
-    @property
-    def cell(self) -> Cell:
-        return Cell(self.dataset, self.concurrency, self.temperature)
-
-    @property
-    def place(self) -> tuple[Cell, str, int]:
-        return self.cell, self.arm, self.round
-
-
-@dataclass
-class BenchResult:
-    measurements: list[Measurement] = field(default_factory=list)
-    step_costs: dict[str, float] = field(default_factory=dict)  # seconds, as the last arm that has a rule fitted them
-
-    @property
-    def cells(self) -> list[Cell]:
-        return list(dict.fromkeys(m.cell for m in self.measurements))
-
-    def ratios(self, arm: str, cell: Cell, over: str = BASELINE) -> list[float]:
-        """Tokens/s of `arm` over those of another, round by round; empty where one of them was not measured."""
-        speed = {(m.arm, m.round): m.tokens_per_s for m in self.measurements if m.cell == cell}
-        rounds = sorted({r for a, r in speed if a == arm} & {r for a, r in speed if a == over})
-        return [speed[arm, r] / speed[over, r] for r in rounds]
-
-    def published(self, experiment: str, name: str = "") -> Iterator[Row]:
-        """The medians as rows of results; name: of the prompts, default that of their data set."""
-        for cell in self.cells:
-            mine = [m for m in self.measurements if m.cell == cell]
-            speeds = {a: float(np.median([m.tokens_per_s for m in mine if m.arm == a])) for a in {m.arm for m in mine}}
-            place = str(cell._replace(dataset=name or cell.dataset))
-            best = max((arm for arm in speeds if arm not in _OURS), key=speeds.__getitem__)
-            for arm, speed in speeds.items():
-                policy = arm.replace(" ", "_").replace("-", "_")
-                yield Row(experiment, place, policy, "tokens_per_s", speed, speeds.get(BASELINE), command_line())
-                for share in (50, 99):
-                    plain, latency = (_percentile(mine, a, share) for a in (BASELINE, arm))
-                    yield Row(experiment, place, policy, f"latency_p{share}_s", latency, plain, command_line())
-                for over, metric in ((best, "ratio_to_best_fixed"), *_OVER.items()):
-                    ratios = self.ratios(arm, cell, over) if arm not in (over, BASELINE) else []
-                    if ratios:
-                        value = float(np.median(ratios))
-                        yield Row(experiment, place, policy, metric, value, speeds[over], command_line())
-
-    def rows(self) -> Iterator[dict[str, float | str | None]]:
-        """One for each cell and arm: medians over the rounds, and the range of the ratio."""
-        for cell in self.cells:
-            for arm in dict.fromkeys(m.arm for m in self.measurements):
-                mine = [m for m in self.measurements if (m.arm, m.cell) == (arm, cell)]
-                steps = [m.tokens_per_step for m in mine if m.tokens_per_step is not None]
-                ratios = self.ratios(arm, cell)
-                yield {
-                    **cell._asdict(),
-                    "arm": arm,
-                    "tokens_per_s": float(np.median([m.tokens_per_s for m in mine])),
-                    "tokens_per_step": float(np.median(steps)) if steps else None,
-                    "latency_p50_s": _percentile(mine, arm, 50),
-                    "latency_p99_s": _percentile(mine, arm, 99),
-                    "ratio": float(np.median(ratios)),
-                    "ratio_min": min(ratios),
-                    "ratio_max": max(ratios),
-                }
-
-
-def _percentile(measurements: Sequence[Measurement], arm: str, share: float) -> float:
-    """Of the latencies of one arm's requests over all rounds."""
-    return float(np.percentile([s for m in measurements if m.arm == arm for s in m.latency_s], share))
 
 
 def run(options: BenchOptions) -> int:
@@ -235,7 +143,7 @@ def run(options: BenchOptions) -> int:
             servers[name].let_train(yes)
 
         result = asyncio.run(measure(urls, prompts, options, let_train, before))
-    _show(result)
+    show(result)
     if options.results is not None:
         write_rows(options.results, result.published(options.experiment, options.cell))
     _keep(result, options, result.rows())
@@ -260,7 +168,7 @@ def measured(options: BenchOptions) -> list[Measurement]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--json {file}: exists and is no bench to go on with ({error!r}); give another") from error
     if differs:
-        flag = "--" + differs[0].replace("_", "-")
+        flag = _FLAGS.get(differs[0], "--" + differs[0].replace("_", "-"))
         raise UserError(f"--json {file}: holds a bench with another {flag}; give another file, or remove it")
     return found
 
@@ -425,22 +333,3 @@ def _prompts(options: BenchOptions) -> dict[str, list[Conversation]]:
     if not options.datasets:
         return {"own prompts": [Conversation((text,)) for text in _PROMPTS]}
     return {Path(name).stem: read_prompts(name, variant=options.variant) for name in options.datasets}
-
-
-def _show(result: BenchResult) -> None:
-    heads = ("prompts", "arm", "tokens/s", "tokens/step", "p50, s", "p99, s", "ratio to no speculation", "range")
-    table = Table(*heads)
-    for row in result.rows():
-        cell = Cell(str(row["dataset"]), int(row["concurrency"] or 0), float(row["temperature"] or 0))
-        steps = "-" if row["tokens_per_step"] is None else f"{row['tokens_per_step']:.2f}"
-        table.add_row(
-            str(cell),
-            str(row["arm"]),
-            f"{row['tokens_per_s']:.1f}",
-            steps,
-            f"{row['latency_p50_s']:.2f}",
-            f"{row['latency_p99_s']:.2f}",
-            f"{row['ratio']:.3f}",
-            f"{row['ratio_min']:.3f} - {row['ratio_max']:.3f}",
-        )
-    Console().print(table)

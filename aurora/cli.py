@@ -9,9 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 from aurora import __version__
-from aurora.options import (
+from aurora.command_options import (
     add_bench_options,
-    add_config_options,
     add_curve_options,
     add_plan_options,
     add_record_options,
@@ -19,10 +18,8 @@ from aurora.options import (
     add_simulate_options,
     add_traffic_options,
     add_train_options,
-    read_config,
-    refuse_controlled,
-    split_model,
 )
+from aurora.options import add_config_options, read_config, refuse_controlled, split_model
 
 _Command = Callable[[argparse.Namespace, list[str]], int]
 _Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"

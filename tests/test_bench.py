@@ -9,7 +9,8 @@ from threading import Thread
 
 import pytest
 
-from aurora.bench import ARMS, BASELINE, BenchOptions, BenchResult, Cell, Load, Measurement, arms, measure, measured
+from aurora.bench import ARMS, BenchOptions, Load, arms, measure, measured
+from aurora.bench_result import BASELINE, BenchResult, Cell, Measurement
 from aurora.config import AuroraConfig, UserError
 from aurora.options import add_config_options, read_config
 from aurora.prompts import Conversation
@@ -51,9 +52,11 @@ def test_an_unknown_arm_is_named() -> None:
     for load in (Load(0), Load(1, -1.0)):
         with pytest.raises(UserError, match=f"--concurrency {load.concurrency}@{load.temperature:g}: at least 1"):
             BenchOptions(loads=(Load(1), load))
-    for table in ((), ((2, 1),), ((1, 3), (1, 2)), ((1, -1),)):
+    for table in ((), ((2, 1),), ((1, 3), (1, 2)), ((1, -1),), ((1, 0), (4, 0))):
         with pytest.raises(UserError, match=r"--batch-table .*: must rise from 1"):
             BenchOptions(batch_table=table)
+    with pytest.raises(UserError, match="--dataset: sql names two data sets; rename one"):
+        BenchOptions(datasets=("a/sql.jsonl", "b.jsonl", "c/sql.jsonl"))
     with pytest.raises(UserError, match="--cell x: names one data set; there are 2"):
         BenchOptions(datasets=("a.jsonl", "b.jsonl"), cell="x")
 
@@ -182,6 +185,9 @@ def test_a_bench_that_was_cut_off_goes_on(urls: dict[str, str], tmp_path: Path) 
     assert measured(more) == result.measurements
     with pytest.raises(UserError, match="holds a bench with another --max-tokens; give another file"):
         measured(replace(more, max_tokens=9))
+    for changed, flag in (({"loads": (Load(2),)}, "concurrency"), ({"datasets": ("x",)}, "dataset")):
+        with pytest.raises(UserError, match=f"holds a bench with another --{flag};"):
+            measured(replace(more, **changed))
     for broken in ("", "[]", '{"rounds": [{"arm": "x"}]}'):
         file.write_text(broken)
         with pytest.raises(UserError, match="exists and is no bench to go on with"):

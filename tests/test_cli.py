@@ -188,4 +188,8 @@ def test_bench_takes_the_model_first_and_passes_other_flags_on(
         vllm_args=("--max-model-len", "512"),
     )
     assert "--rounds 0" in fails(capsys, "bench", "--rounds", "0")
+    for flag, value, remedy in (("--concurrency", "x", "x: give N,N@T"), ("--batch-table", "1:a", "1:a: give N:K,N:K")):
+        with pytest.raises(SystemExit, match="2"):
+            main(["bench", flag, value])
+        assert remedy in capsys.readouterr().err
     assert "--scheduler-cls" in fails(capsys, "bench", "--scheduler-cls", "x")

@@ -1,0 +1,129 @@
+"""What a bench came to: speeds and latencies of every arm in every round, as a table and as rows of results."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from aurora.results import Row, command_line
+
+BASELINE = "no speculation"
+_OVER = {BASELINE: "speedup_over_no_speculation", "vllm-ngram": "speedup_over_vllm_ngram"}
+_OURS = ("table", "portfolio", "learning")  # arms with a rule of ours
+
+
+class Cell(NamedTuple):
+    """What is compared among the arms."""
+
+    dataset: str
+    concurrency: int
+    temperature: float
+
+    def __str__(self) -> str:
+        sampled = f", temperature {self.temperature:g}" if self.temperature else ""
+        return f"{self.dataset}, {self.concurrency} at once{sampled}"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One arm in one round."""
+
+    dataset: str
+    concurrency: int
+    temperature: float
+    arm: str
+    round: int
+    tokens_per_s: float
+    tokens_per_step: float | None  # None without speculation
+    tokens: int
+    latency_s: tuple[float, ...]  # of each request
+
+    @property
+    def cell(self) -> Cell:
+        return Cell(self.dataset, self.concurrency, self.temperature)
+
+    @property
+    def place(self) -> tuple[Cell, str, int]:
+        return self.cell, self.arm, self.round
+
+
+@dataclass
+class BenchResult:
+    measurements: list[Measurement] = field(default_factory=list)
+    step_costs: dict[str, float] = field(default_factory=dict)  # seconds, as the last arm that has a rule fitted them
+
+    @property
+    def cells(self) -> list[Cell]:
+        return list(dict.fromkeys(m.cell for m in self.measurements))
+
+    def ratios(self, arm: str, cell: Cell, over: str = BASELINE) -> list[float]:
+        """Tokens/s of `arm` over those of another, round by round; empty where one of them was not measured."""
+        speed = {(m.arm, m.round): m.tokens_per_s for m in self.measurements if m.cell == cell}
+        rounds = sorted({r for a, r in speed if a == arm} & {r for a, r in speed if a == over})
+        return [speed[arm, r] / speed[over, r] for r in rounds]
+
+    def published(self, experiment: str, name: str = "") -> Iterator[Row]:
+        """The medians as rows of results; name: of the prompts, default that of their data set."""
+        for cell in self.cells:
+            mine = [m for m in self.measurements if m.cell == cell]
+            speeds = {a: float(np.median([m.tokens_per_s for m in mine if m.arm == a])) for a in {m.arm for m in mine}}
+            place = str(cell._replace(dataset=name or cell.dataset))
+            best = max((arm for arm in speeds if arm not in _OURS), key=speeds.__getitem__)
+            for arm, speed in speeds.items():
+                policy = arm.replace(" ", "_").replace("-", "_")
+                yield Row(experiment, place, policy, "tokens_per_s", speed, speeds.get(BASELINE), command_line())
+                for share in (50, 99):
+                    plain, latency = (_percentile(mine, a, share) for a in (BASELINE, arm))
+                    yield Row(experiment, place, policy, f"latency_p{share}_s", latency, plain, command_line())
+                for over, metric in ((best, "ratio_to_best_fixed"), *_OVER.items()):
+                    ratios = self.ratios(arm, cell, over) if arm not in (over, BASELINE) else []
+                    if ratios:
+                        value = float(np.median(ratios))
+                        yield Row(experiment, place, policy, metric, value, speeds[over], command_line())
+
+    def rows(self) -> Iterator[dict[str, float | str | None]]:
+        """One for each cell and arm: medians over the rounds, and the range of the ratio."""
+        for cell in self.cells:
+            for arm in dict.fromkeys(m.arm for m in self.measurements):
+                mine = [m for m in self.measurements if (m.arm, m.cell) == (arm, cell)]
+                steps = [m.tokens_per_step for m in mine if m.tokens_per_step is not None]
+                ratios = self.ratios(arm, cell)
+                yield {
+                    **cell._asdict(),
+                    "arm": arm,
+                    "tokens_per_s": float(np.median([m.tokens_per_s for m in mine])),
+                    "tokens_per_step": float(np.median(steps)) if steps else None,
+                    "latency_p50_s": _percentile(mine, arm, 50),
+                    "latency_p99_s": _percentile(mine, arm, 99),
+                    "ratio": float(np.median(ratios)),
+                    "ratio_min": min(ratios),
+                    "ratio_max": max(ratios),
+                }
+
+
+def _percentile(measurements: Sequence[Measurement], arm: str, share: float) -> float:
+    """Of the latencies of one arm's requests over all rounds."""
+    return float(np.percentile([s for m in measurements if m.arm == arm for s in m.latency_s], share))
+
+
+def show(result: BenchResult) -> None:
+    """Print the table."""
+    heads = ("prompts", "arm", "tokens/s", "tokens/step", "p50, s", "p99, s", "ratio to no speculation", "range")
+    table = Table(*heads)
+    for row in result.rows():
+        cell = Cell(str(row["dataset"]), int(row["concurrency"] or 0), float(row["temperature"] or 0))
+        steps = "-" if row["tokens_per_step"] is None else f"{row['tokens_per_step']:.2f}"
+        table.add_row(
+            str(cell),
+            str(row["arm"]),
+            f"{row['tokens_per_s']:.1f}",
+            steps,
+            f"{row['latency_p50_s']:.2f}",
+            f"{row['latency_p99_s']:.2f}",
+            f"{row['ratio']:.3f}",
+            f"{row['ratio_min']:.3f} - {row['ratio_max']:.3f}",
+        )
+    Console().print(table)
