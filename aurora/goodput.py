@@ -184,7 +184,7 @@ def most_goodput(gains: Floats, limits: Ints, unread: Floats, step: Step, needs:
     requests = len(gains)
     drafters, lengths = np.zeros(requests, np.int64), np.zeros(requests, np.int64)
     best_c, best_drafters, best_lengths = 0, drafters.copy(), lengths.copy()
-    best_tokens, best_seconds, worth = float(requests), _start(step, 0), 0.0
+    best_tokens, best_seconds, worth = float(requests), start_seconds(step, 0), 0.0
     for request in range(requests):
         worth += _worth(1.0, needs[request])
     merit = worth / best_seconds
@@ -192,7 +192,7 @@ def most_goodput(gains: Floats, limits: Ints, unread: Floats, step: Step, needs:
         top, top_c, top_worth, top_tokens, top_seconds = -np.inf, 0, 0.0, 0.0, 1.0
         top_drafters, top_lengths = best_drafters, best_lengths
         for c in range(len(step.caps)):
-            each, seconds = _each(step, c), _start(step, c)
+            each, seconds = draft_seconds(step, c), start_seconds(step, c)
             tokens, worth = 0.0, 0.0
             for request in range(requests):
                 its_tokens, its_seconds, its_worth = 1.0, 0.0, _worth(1.0, needs[request])
@@ -228,7 +228,7 @@ def _least_latency(gains: Floats, limits: Ints, unread: Floats, step: Step) -> F
     """
     requests, k_max = len(gains), gains.shape[2]
     drafters, lengths = np.zeros(requests, np.int64), np.zeros(requests, np.int64)
-    best_c, best_seconds = 0, _start(step, 0)
+    best_c, best_seconds = 0, start_seconds(step, 0)
     merit = 1.0 / best_seconds if requests else 0.0
     way = np.zeros((requests * DRAFTERS * k_max, 5))
     for c in range(len(step.caps)) if requests else range(0):
@@ -239,7 +239,7 @@ def _least_latency(gains: Floats, limits: Ints, unread: Floats, step: Step) -> F
             way[moves : moves + len(mine), 0] = request
             moves += len(mine)
         order = np.argsort(way[:moves, 1])
-        seconds, slowness = _start(step, c), float(requests)
+        seconds, slowness = start_seconds(step, c), float(requests)
         taken, least, least_seconds = 0, seconds * slowness, seconds
         for i in range(moves):
             seconds += way[order[i], 3]
@@ -272,7 +272,7 @@ def _corners(gains: Floats, limits: Ints, unread: float, step: Step, c: int) -> 
         tokens, reading = 1.0, _reading(step, unread, drafter)
         for j in range(_longest(limits[drafter], step.caps[c], drafter)):
             tokens += gains[drafter, j]
-            x[drafter * (k_max + 1) + j + 1] = reading + _each(step, c) * (j + 1)
+            x[drafter * (k_max + 1) + j + 1] = reading + draft_seconds(step, c) * (j + 1)
             y[drafter * (k_max + 1) + j + 1] = 1.0 / tokens
     way, moves, at = np.zeros((DRAFTERS * k_max, 4)), 0, 0
     while True:
@@ -291,7 +291,7 @@ def _corners(gains: Floats, limits: Ints, unread: float, step: Step, c: int) -> 
 
 
 @compiled
-def _start(step: Step, c: int) -> float:
+def start_seconds(step: Step, c: int) -> float:
     """Seconds of the step without verification and prompts."""
     costs, base, neural, drafted = step.costs, step.base, step.caps[c, 0], step.caps[c, 1]
     seconds = 0.0
@@ -307,7 +307,7 @@ def _start(step: Step, c: int) -> float:
 
 
 @compiled
-def _each(step: Step, c: int) -> float:
+def draft_seconds(step: Step, c: int) -> float:
     """Seconds that a draft adds: its verification, and where the neural drafter runs its reading."""
     return float(step.costs[DRAFT] + step.costs[READ]) if step.caps[c, 0] else float(step.costs[DRAFT])
 

@@ -230,13 +230,14 @@ def summarise(policy: str, load: batching.Load, state: batching.State) -> Simula
     )
 
 
-def _best_fixed(found: list[Simulated]) -> float:
-    """Mean latency of the best length that is the same for all."""
-    return min(each.latency_mean_s for each in found if each.policy.startswith(("fixed", "no_speculation")))
+def best_fixed(found: list[Simulated]) -> Simulated:
+    """The length that is the same for all, or none, with the least mean latency."""
+    fixed = (each for each in found if each.policy.startswith(("fixed", "no_speculation")))
+    return min(fixed, key=lambda each: each.latency_mean_s)
 
 
 def _rows(found: list[Simulated], options: SimulateOptions) -> Iterator[Row]:
-    best, cell = _best_fixed(found), options.cell or options.trace.stem
+    best, cell = best_fixed(found).latency_mean_s, options.cell or options.trace.stem
     for each in found:
         metrics = {name: getattr(each, name) for name in ("tokens_per_s", "latency_p50_s", "latency_p99_s")}
         for metric, value in (metrics | {"ratio_to_best_fixed": best / each.latency_mean_s}).items():
@@ -248,7 +249,7 @@ def _show(found: list[Simulated]) -> None:
     heads = ("rule", "tokens/s", "tokens/step", "p50", "p99", "mean", "first p50", "over best fixed")
     table = Table(*heads, title="latency and time to the first token in seconds", title_justify="left")
     table.columns[0].no_wrap = True
-    best = _best_fixed(found)
+    best = best_fixed(found).latency_mean_s
     for each in found:
         seconds = (each.latency_p50_s, each.latency_p99_s, each.latency_mean_s, each.first_token_p50_s)
         table.add_row(

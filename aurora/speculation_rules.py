@@ -13,8 +13,8 @@ import numpy.typing as npt
 from aurora.acceptance import OPTIMISM, REQUEST_MEMORY, REQUEST_PRIOR, SHARED_MEMORY, SHARED_PRIOR
 from aurora.compiled import compiled
 from aurora.controller import BURST, INVESTED_STEPS, WORTH_READING
-from aurora.goodput import DRAFTERS, NEURAL, TABLE, Step, most_goodput
-from aurora.step_time import CONSTANT, CONTEXT, DRAFT, FIRST_PASS, FURTHER_PASS, PREFILL, READ, REQUEST
+from aurora.goodput import DRAFTERS, NEURAL, TABLE, Step, draft_seconds, most_goodput, start_seconds
+from aurora.step_time import CONSTANT, CONTEXT, PREFILL, REQUEST
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -139,11 +139,12 @@ def _usable(slots: Slots, which: Ints, rule: Rule) -> Ints:
 def _smartspec(slots: Slots, decoding: Ints, rule: Rule) -> int:
     """The length with the best goodput if every draft were accepted with the same probability (arXiv 2406.14066)."""
     requests, rate = len(decoding), min(rule.memory[RATE], 0.999)
-    plain = _plain_seconds(slots, decoding, rule)
-    best, best_goodput = 0, requests / plain
+    step = _step(slots, decoding, rule, rule.k_max, 0.0)
+    best, best_goodput = 0, requests / start_seconds(step, 0)
     for k in range(1, rule.k_max + 1):
+        c = k if rule.passes else 0
         emitted = requests * (1 - rate ** (k + 1)) / (1 - rate)
-        seconds = plain + _pass_seconds(k if rule.passes else 0, requests, rule) + requests * k * _each(rule)
+        seconds = start_seconds(step, c) + requests * k * draft_seconds(step, c)
         if emitted / seconds > best_goodput:
             best, best_goodput = k, emitted / seconds
     return best
@@ -171,7 +172,8 @@ def _goodput(slots: Slots, running: Ints, decoding: Ints, rule: Rule) -> int:
     if _invests(slots, running, rule):
         return 1
     if memory[EXPLORING]:
-        memory[CREDIT] -= _pass_seconds(1, len(decoding), rule) / _plain_seconds(slots, decoding, rule)
+        step = _step(slots, decoding, rule, 1, memory[AHEAD])
+        memory[CREDIT] -= start_seconds(step, 1) / start_seconds(step, 0) - 1
         return 1
     slots.cold[running] = True
     return 0
@@ -190,14 +192,9 @@ def _best_as_expected(slots: Slots, decoding: Ints, rule: Rule) -> int:
 def _invests(slots: Slots, running: Ints, rule: Rule) -> bool:
     """Whether the drafter would pay if no request were cold (`SpeculationController`)."""
     gains = _expected(slots, running, rule)
-    passes = _best(slots, running, gains, slots.limit[running], rule)
-    plain = _plain_seconds(slots, running, rule)
-    seconds, emitted = plain + _pass_seconds(passes, len(running), rule), float(len(running))
-    for i, slot in enumerate(running):
-        seconds += slots.length[slot] * _each(rule)
-        emitted += gains[i, : slots.length[slot]].sum()
-        slots.length[slot] = 0
-    return bool(emitted / seconds > WORTH_READING * len(running) / plain)
+    passes, _, goodput = _optimal(slots, running, gains, slots.limit[running], rule)
+    plain = len(running) / start_seconds(_step(slots, running, rule, 0, 0.0), 0)
+    return bool(passes > 0 and goodput > WORTH_READING * plain)
 
 
 @compiled
@@ -219,13 +216,6 @@ def _expected(slots: Slots, which: Ints, rule: Rule) -> Floats:
 
 
 @compiled
-def _plain_seconds(slots: Slots, decoding: Ints, rule: Rule) -> float:
-    """Time of a step of these requests without drafts and prompts."""
-    context = slots.context[decoding].sum() * 1e-3
-    return float(rule.costs[CONSTANT] + rule.costs[REQUEST] * len(decoding) + rule.costs[CONTEXT] * context)
-
-
-@compiled
 def _ahead(rule: Rule) -> float:
     """Prompt tokens that the drafter pays for in a step that reads them. Who is never cold need not invest in them."""
     if rule.kind == GOODPUT:
@@ -234,42 +224,31 @@ def _ahead(rule: Rule) -> float:
 
 
 @compiled
-def _pass_seconds(passes: int, requests: int, rule: Rule) -> float:
-    """Time of the drafter's passes, drafts not counted."""
-    if passes == 0:
-        return 0.0
-    return float(
-        rule.costs[FIRST_PASS] + rule.costs[READ] * (requests + _ahead(rule)) + rule.costs[FURTHER_PASS] * (passes - 1)
-    )
-
-
-@compiled
-def _each(rule: Rule) -> float:
-    """Time that a draft adds: its verification, and that the drafter reads it."""
-    return float(rule.costs[DRAFT] + (rule.costs[READ] if rule.passes else 0.0))
-
-
-@compiled
 def _best(slots: Slots, which: Ints, gains: Floats, limits: Ints, rule: Rule) -> int:
-    """Lengths of the best goodput (`aurora.goodput.most_goodput`); writes them, returns the passes."""
+    """Write the lengths of the best goodput; returns the passes."""
+    passes, lengths, _ = _optimal(slots, which, gains, limits, rule)
+    slots.length[which] = lengths
+    return int(passes)
+
+
+@compiled
+def _optimal(slots: Slots, which: Ints, gains: Floats, limits: Ints, rule: Rule) -> tuple[int, Ints, float]:
+    """Passes, lengths and goodput of the best choice (`aurora.goodput.most_goodput`)."""
     requests, drafter = len(which), NEURAL if rule.passes else TABLE
     offered, allowed = np.zeros((requests, DRAFTERS, rule.k_max)), np.zeros((requests, DRAFTERS), np.int64)
     offered[:, drafter], allowed[:, drafter] = gains, limits
-    longest = limits.max() if requests and rule.passes else 0
-    caps = np.zeros((longest + 1, 2), np.int64)
-    caps[:, 0] = np.arange(longest + 1)
-    none = np.zeros(requests)
-    c, _, lengths, _, _, _ = most_goodput(
-        offered, allowed, none, Step(rule.costs, _base(slots, which, rule), caps), none
-    )
-    slots.length[which] = lengths
-    return int(caps[c, 0])
+    longest = int(limits.max()) if requests and rule.passes else 0
+    step, none = _step(slots, which, rule, longest, _ahead(rule)), np.zeros(requests)
+    c, _, lengths, _, _, goodput = most_goodput(offered, allowed, none, step, none)
+    return int(step.caps[c, 0]), lengths, goodput
 
 
 @compiled
-def _base(slots: Slots, decoding: Ints, rule: Rule) -> Floats:
-    """Work of a step of these requests without drafts, as far as the rule sees it (`StepWork.vector`)."""
+def _step(slots: Slots, decoding: Ints, rule: Rule, longest: int, prompts: float) -> Step:
+    """A step of these requests in which a neural drafter makes 0 to `longest` passes and reads `prompts` tokens."""
     base = np.zeros(len(rule.costs))
     base[CONSTANT], base[REQUEST] = 1.0, len(decoding)
-    base[PREFILL], base[CONTEXT] = _ahead(rule), slots.context[decoding].sum() * 1e-3
-    return base
+    base[PREFILL], base[CONTEXT] = prompts, slots.context[decoding].sum() * 1e-3
+    caps = np.zeros((longest + 1, 2), np.int64)
+    caps[:, 0] = np.arange(longest + 1)
+    return Step(rule.costs, base, caps)

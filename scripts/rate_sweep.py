@@ -24,7 +24,7 @@ from aurora.acceptance_profile import AcceptanceProfile, read_profile
 from aurora.arrivals import ArrivalTrace, read_arrivals
 from aurora.config import UserError
 from aurora.results import Row, write_rows
-from aurora.simulate import Simulated, SimulateOptions, draw_load, new_rule, rules, simulate, summarise
+from aurora.simulate import SimulateOptions, Simulated, best_fixed, draw_load, new_rule, rules, simulate, summarise
 from aurora.step_costs import read_costs
 from aurora.step_time import StepTimeModel
 
@@ -85,23 +85,21 @@ def sweep(arrivals: ArrivalTrace, drafts: AcceptanceProfile, case: Case, request
         yield found
 
 
-def best_fixed(found: list[Simulated]) -> Simulated:
-    """The best of the lengths that are the same for all, none among them."""
-    fixed = [each for each in found if each.policy.startswith(("fixed", "no_speculation"))]
-    return replace(min(fixed, key=lambda each: each.latency_mean_s), policy="best_fixed")
+def with_best_fixed(found: list[Simulated]) -> list[Simulated]:
+    return [*found, replace(best_fixed(found), policy="best_fixed")]
 
 
 def rows(found: list[Simulated], case: Case, share: float) -> Iterator[Row]:
-    cell, command = (
-        f"{case.machine.name}, {case.trace}, {case.profile}, load {share:g}",
-        shlex.join(["python", *sys.argv]),
-    )
-    plain, best = found[0], best_fixed(found)
-    for each in (e for e in (*found, best) if e.policy in SHOWN):
-        for metric in _METRICS:
-            yield Row("rate_sweep", cell, each.policy, metric, getattr(each, metric), getattr(plain, metric), command)
-        ratio = best.latency_mean_s / each.latency_mean_s
-        yield Row("rate_sweep", cell, each.policy, "ratio_to_best_fixed", ratio, best.latency_mean_s, command)
+    """Of one load; `found` with the best fixed length at the end."""
+    cell = f"{case.machine.name}, {case.trace}, {case.profile}, load {share:g}"
+    command, plain, best = shlex.join(["python", *sys.argv]), found[0], found[-1]
+    for each in found:
+        if each.policy in SHOWN:
+            place = "rate_sweep", cell, each.policy
+            for metric in _METRICS:
+                yield Row(*place, metric, getattr(each, metric), getattr(plain, metric), command)
+            ratio = best.latency_mean_s / each.latency_mean_s
+            yield Row(*place, "ratio_to_best_fixed", ratio, best.latency_mean_s, command)
 
 
 def main() -> None:
@@ -122,8 +120,8 @@ def main() -> None:
         task = progress.add_task("loads", total=len(cases) * len(LOADS))
         for case in cases:
             found[case] = []
-            for each in sweep(traces[case.trace], profiles[case.profile], case, options.requests):
-                found[case].append([*each, best_fixed(each)])
+            for each in map(with_best_fixed, sweep(traces[case.trace], profiles[case.profile], case, options.requests)):
+                found[case].append(each)
                 progress.advance(task)
                 if options.results is not None:
                     write_rows(options.results, rows(each, case, LOADS[len(found[case]) - 1]))
