@@ -84,7 +84,11 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="picture to write, .png")
     parser.add_argument("--costs", type=Path, help="write the run's mean step costs there, for `aurora simulate`")
     options = parser.parse_args()
-    known = [s for s in read_steps(options.log) if s.predicted_s and s.requests and s.emitted_tokens]
+    try:
+        steps = read_steps(options.log)
+    except (OSError, ValueError) as error:
+        sys.exit(f"goodput_calibration: error: {error}")
+    known = [s for s in steps if s.predicted_s and s.requests and s.emitted_tokens]
     if not known:
         sys.exit(f"{options.log}: no step that decodes and whose time was predicted; let the server work longer")
     heads = ("requests", "steps", "error of a step", "predicted / measured s", "expected / emitted", "error of goodput")

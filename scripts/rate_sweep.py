@@ -24,7 +24,7 @@ from aurora.acceptance_profile import AcceptanceProfile, read_profile
 from aurora.arrivals import ArrivalTrace, read_arrivals
 from aurora.config import UserError
 from aurora.results import Row, write_rows
-from aurora.simulate import SimulateOptions, Simulated, best_fixed, draw_load, new_rule, rules, simulate, summarise
+from aurora.simulate import Simulated, SimulateOptions, best_fixed, draw_load, new_rule, rules, simulate, summarise
 from aurora.step_costs import read_costs
 from aurora.step_time import StepTimeModel
 

@@ -117,10 +117,7 @@ class AuroraScheduler(Scheduler):
         if self._work is not None:
             self._observe_time(self._work, self._ended_s - self._started_s)
             if self._log is not None and not self._drilling:
-                decoded = [r for r in scheduler_output.num_scheduled_tokens if self._decodes(r, scheduler_output)]
-                places = [model_runner_output.req_id_to_index[r] for r in decoded]
-                emitted = sum(len(model_runner_output.sampled_token_ids[place]) for place in places)
-                self._log.write(self._work, self._last, emitted)
+                self._log.write(self._work, self._last, self._emitted(scheduler_output, model_runner_output))
             self._work = None
             for request_id, index in model_runner_output.req_id_to_index.items():
                 verified = len(scheduler_output.scheduled_spec_decode_tokens.get(request_id, ()))
@@ -149,6 +146,11 @@ class AuroraScheduler(Scheduler):
         drafts = self._settle(neural, notes.model if notes is not None else {})
         draft_token_ids.draft_token_ids[:] = [drafts.get(r, []) for r in draft_token_ids.req_ids]
         super().update_draft_token_ids(draft_token_ids)
+
+    def _emitted(self, scheduled: "SchedulerOutput", ran: "ModelRunnerOutput") -> int:
+        """Tokens of the requests that decoded in this step."""
+        decoded = [ran.req_id_to_index[r] for r in scheduled.num_scheduled_tokens if self._decodes(r, scheduled)]
+        return sum(len(ran.sampled_token_ids[place]) for place in decoded)
 
     def _keep_costs(self) -> None:
         """The calibration is over."""

@@ -1,10 +1,14 @@
 """A line for every engine step: its work, what was expected of it, and what came (`speculation.step_log`)."""
 
+import logging
+from io import FileIO
 from pathlib import Path
 
 import msgspec
 
 from aurora.step_time import StepWork
+
+log = logging.getLogger(__name__)
 
 
 class LoggedStep(msgspec.Struct, frozen=True):
@@ -23,15 +27,21 @@ class LoggedStep(msgspec.Struct, frozen=True):
 
 
 class StepLog:
-    """Appends steps to a JSONL file. It holds no text."""
+    """Appends steps to a JSONL file, which holds no text. A file that cannot be written ends the log, not the engine."""
 
     def __init__(self, file: Path) -> None:
-        """Raises OSError if the file cannot be opened."""
-        self._out = file.open("ab", buffering=0)
+        self._file = file
         self._encoder = msgspec.json.Encoder()
+        self._out: FileIO | None = None
+        try:
+            self._out = FileIO(file, "a")
+        except OSError as error:
+            self._give_up(error)
 
     def write(self, work: StepWork, outcome: tuple[float, float, float], emitted_tokens: int) -> None:
         """outcome: predicted seconds, predicted tokens, measured seconds."""
+        if self._out is None:
+            return
         predicted_s, predicted_tokens, measured_s = outcome
         step = LoggedStep(
             work.requests,
@@ -45,7 +55,14 @@ class StepLog:
             predicted_tokens,
             emitted_tokens,
         )
-        self._out.write(self._encoder.encode(step) + b"\n")
+        try:
+            self._out.write(self._encoder.encode(step) + b"\n")
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        log.warning("speculation.step_log %s: %s; steps are no longer logged", self._file, error.strerror)
+        self._out = None
 
 
 def read_steps(file: Path) -> list[LoggedStep]:

@@ -32,3 +32,14 @@ def test_where_no_file_can_be_the_configuration_says_so(tmp_path: Path):
         load_config(None, {"speculation.step_log": tmp_path / "nowhere" / "steps"})
     config = load_config(None, {"speculation.step_log": "steps.jsonl"})
     assert config.speculation.step_log == Path.cwd() / "steps.jsonl", "the engine runs elsewhere"
+
+
+def test_a_log_that_cannot_be_written_ends_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    work = StepWork(1, 0, 0, 9, 0, 0)
+    StepLog(tmp_path).write(work, (0.1, 1.0, 0.1), 1)
+    assert f"step_log {tmp_path}: Is a directory; steps are no longer logged" in caplog.text
+    caplog.clear()
+    full = StepLog(Path("/dev/full"))
+    full.write(work, (0.1, 1.0, 0.1), 1)
+    full.write(work, (0.1, 1.0, 0.1), 1)
+    assert caplog.text.count("No space left on device; steps are no longer logged") == 1
