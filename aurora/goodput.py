@@ -166,12 +166,11 @@ def with_drafts(base: StepWork, drafts: int, caps: Caps, model_read: int = 0) ->
     )
 
 
-def compile_kernels() -> None:
-    """Compile the inner loops now (seconds, once per machine) instead of in the first step that could draft."""
+def compile_kernels(latency: bool) -> None:
+    """Compile the loops of an objective now (seconds, once per machine) instead of in the first step that drafts."""
     costs = StepTimeModel.known(dict.fromkeys(COSTS, 1.0))
     one = Batch(np.ones((1, DRAFTERS, 1)), np.ones((1, DRAFTERS), np.int64), StepWork(1, 0, 0, 0, 0, 0), costs)
-    choose(one)
-    choose_latency(one)
+    (choose_latency if latency else choose)(one)
 
 
 @compiled

@@ -51,7 +51,7 @@ class Portfolio:
             neural="eagle3" in config.drafters,
             model="model" in config.drafters,
         )
-        compile_kernels()
+        compile_kernels(latency=config.objective == "latency")
         self._k_max = k_max
         self._isolate = config.isolate_tenants
         self._text = ServedText(config.ngram_mib << 20) if "ngram" in config.drafters else None

@@ -27,7 +27,7 @@ class LoggedStep(msgspec.Struct, frozen=True):
 
 
 class StepLog:
-    """Appends steps to a JSONL file, which holds no text. A file that cannot be written ends the log, not the engine."""
+    """Appends steps to a JSONL file, which holds no text. One that cannot be written ends the log, not the engine."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
