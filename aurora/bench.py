@@ -2,8 +2,9 @@
 
 Every arm is a whole `aurora serve`; all of them are up at once and requests go to one at a time, in an order that turns
 from round to round, so that whatever else the machine does hits all arms alike. Each round sends every arm the same
-prompts; an arm's ratio is to `--no-speculation` within the round, and the median over the rounds is what counts. With
-`--json FILE` a run that was cut off goes on where it stopped.
+prompts; an arm's ratio is to `--no-speculation` within the round, and the median over the rounds is what counts. Tokens
+per second are those of a full server, until one of the requests that may be open at once is missing. With `--json FILE`
+a run that was cut off goes on where it stopped.
 """
 
 import asyncio
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from rich.console import Console
 from rich.progress import Progress
 
-from aurora.bench_result import BASELINE, BenchResult, Cell, Measurement, show
+from aurora.bench_result import BASELINE, BenchResult, Cell, Measurement, full_throughput, show
 from aurora.config import DEFAULT_MODEL, UserError, require_positive, require_writable
 from aurora.local_server import LocalServer
 from aurora.prompts import Conversation, read_prompts
@@ -225,7 +226,7 @@ async def measure(
     let_train: Callable[[str, bool], None] = lambda _name, _yes: None,
     before: Sequence[Measurement] = (),
 ) -> BenchResult:
-    """Send the rounds of each data set's prompts to the servers (name -> URL). A first one warms up, uncounted.
+    """Send the rounds of each data set's prompts to the servers (name -> URL). A short first one warms up, uncounted.
 
     let_train: is told whose trainer may compute, because on an idle server it takes all it gets. before: what need not
     be measured again.
@@ -264,7 +265,7 @@ def _rounds(
     for number in range(options.rounds + 1):
         for dataset, mine in prompts.items():
             for load in options.loads:
-                count = options.requests * load.concurrency
+                count = (options.requests if number else 1) * load.concurrency
                 yield Cell(dataset, *load), number, [mine[(sent[dataset] + i) % len(mine)] for i in range(count)]
                 sent[dataset] += count
 
@@ -293,17 +294,16 @@ async def _send(
             for conversation in queue:
                 await sender.converse(conversation, records)
 
-        before, start = await _scrape(client, url), time.monotonic()
+        before = await _scrape(client, url)
         async with asyncio.TaskGroup() as tasks:
             for _ in range(cell.concurrency):
                 tasks.create_task(work())
-        seconds = time.monotonic() - start
         failed = [r.error for r in records if r.error is not None]
         if failed:
             raise UserError(f"{url}: {len(failed)} of {len(records)} requests failed, the first with: {failed[0]}")
         tokens = sum(r.completion_tokens for r in records)
         after = await _scrape_after(client, url, before, tokens)
-    return tokens / seconds, tokens_per_step(before, after), tokens, tuple(r.latency_s for r in records)
+    return full_throughput(records), tokens_per_step(before, after), tokens, tuple(r.latency_s for r in records)
 
 
 def _api_key() -> str:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from aurora.results import Row, command_line
+from aurora.sender import Record
 
 BASELINE = "no speculation"
 _OVER = {BASELINE: "speedup_over_no_speculation", "vllm-ngram": "speedup_over_vllm_ngram"}
@@ -36,7 +37,7 @@ class Measurement:
     temperature: float
     arm: str
     round: int
-    tokens_per_s: float
+    tokens_per_s: float  # `full_throughput`
     tokens_per_step: float | None  # None without speculation
     tokens: int
     latency_s: tuple[float, ...]  # of each request
@@ -48,6 +49,21 @@ class Measurement:
     @property
     def place(self) -> tuple[Cell, str, int]:
         return self.cell, self.arm, self.round
+
+
+def full_throughput(records: Sequence[Record]) -> float:
+    """Tokens/s until fewer requests are open than may be, of which there were enough until then.
+
+    How long the last answers run down says how much they differ and not how fast they are served; without speculation
+    they do not differ. A request's tokens count as if they came evenly from its first to its last.
+    """
+    begin, last = (pick(r.started_s for r in records) for pick in (min, max))
+    end = min(r.started_s + r.latency_s for r in records if r.started_s + r.latency_s > last)
+    tokens = 0.0
+    for r in records:
+        first = r.started_s + (r.latency_s if r.ttft_s is None else r.ttft_s)
+        tokens += float(np.interp(end, (first, r.started_s + r.latency_s), (0.0, r.completion_tokens)))
+    return tokens / (end - begin)
 
 
 @dataclass

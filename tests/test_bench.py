@@ -10,10 +10,11 @@ from threading import Thread
 import pytest
 
 from aurora.bench import ARMS, BenchOptions, Load, arms, measure, measured
-from aurora.bench_result import BASELINE, BenchResult, Cell, Measurement
+from aurora.bench_result import BASELINE, BenchResult, Cell, Measurement, full_throughput
 from aurora.config import AuroraConfig, UserError
 from aurora.options import add_config_options, read_config
 from aurora.prompts import Conversation
+from aurora.sender import Record
 
 
 def read_flags(flags: tuple[str, ...]) -> AuroraConfig:
@@ -71,6 +72,17 @@ def test_ratios_compare_within_a_round() -> None:
     assert rows["x"]["ratio"] == 1.75
     assert rows[BASELINE]["ratio"] == 1.0
     assert (rows["x"]["ratio_min"], rows["x"]["ratio_max"]) == (1.5, 2.0)
+
+
+def test_throughput_is_that_of_a_full_server() -> None:
+    """Two may be open: when the third has ended, after 4 s, the fourth still says half of what it has to say."""
+    times = {0.0: (2.0, 1.0), 0.001: (1.999, 0.999), 2.0: (2.0, 1.0), 2.001: (4.0, 0.999)}  # start: latency, ttft
+    records = [Record(latency, ttft, 8, None, 1, start) for start, (latency, ttft) in times.items()]
+    assert full_throughput(records) == pytest.approx((8 + 8 + 8 + 8 / 3) / 4, rel=0.01)
+    assert full_throughput(records[:1]) == pytest.approx(4)
+    assert full_throughput([Record(2.0, None, 8, None, 1, 0.0)]) == 4, "one that came all at once"
+    alike = [Record(3.0, 1.0, 8, None, 1, start) for start in (0.0, 0.0, 3.0, 3.0)]
+    assert full_throughput(alike) == 32 / 6
 
 
 def test_published_rows_compare_with_both_baselines() -> None:
@@ -150,9 +162,9 @@ def test_every_arm_gets_the_same_prompts_in_turning_order(urls: dict[str, str]) 
     result = asyncio.run(measure(urls, {"d": prompts}, options, lambda name, yes: told.append((name, yes))))
     ports = [_port(url) for url in urls.values()]
     texts = {port: [text for p, text in _Endpoint.seen if p == port] for port in ports}
-    assert texts[ports[0]] == texts[ports[1]] == ["p0", "p1", "p2", "p3", "p4", "p0"]
-    order = [port for port, _ in _Endpoint.seen][::2]
-    assert order == [ports[0], ports[1], ports[1], ports[0], ports[0], ports[1]]
+    assert texts[ports[0]] == texts[ports[1]] == ["p0", "p1", "p2", "p3", "p4"], "one to warm up, two a round"
+    order = [port for port, _ in _Endpoint.seen]
+    assert order == [ports[i] for i in (0, 1, 1, 1, 0, 0, 0, 0, 1, 1)]
     turns = [BASELINE, "x", "x", BASELINE, BASELINE, "x"]
     assert told == [(name, yes) for name in turns for yes in (True, False)], "the trainer of whoever is asked computes"
     assert [(m.round, m.tokens) for m in result.measurements] == [(1, 14)] * 2 + [(2, 14)] * 2
@@ -179,7 +191,7 @@ def test_a_bench_that_was_cut_off_goes_on(urls: dict[str, str], tmp_path: Path) 
     assert measured(more) == first
     _Endpoint.seen = []
     result = asyncio.run(measure(urls, {"d": prompts}, more, before=measured(more)))
-    warm_up, last = ["p0", "p1"], ["p4", "p5"]
+    warm_up, last = ["p0"], ["p3", "p4"]
     assert [text for _, text in _Endpoint.seen] == [*warm_up * 2, *last * 2], "the first round is not sent again"
     assert result.measurements[:2] == first
     assert measured(more) == result.measurements
