@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from aurora.goodput import TABLE
 from aurora.trace import TABLE_VERSION, encode_traces
-from serve import sampling_shim
+from serve import sampling_shim, verification
 from serve.capture import Capture, TraceSink, Versions
 from serve.draft_model import DraftModelHost, StagedModel
 from serve.report import StepCounter
@@ -54,6 +54,8 @@ class AuroraWorker:
                 "the V1 runner; set VLLM_USE_V2_MODEL_RUNNER=0"
             )
         sampling_shim.install()
+        if runner.device.type == "cpu":
+            verification.install()
         drafter = runner.drafter.model
         self._swap = DrafterSwap(drafter, runner.get_model(), Path(settings["store_dir"]), settings["version"])
         self._swap.gated_rates = settings["gated_rates"]
