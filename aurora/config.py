@@ -56,6 +56,21 @@ class ServerConfig(_Branch):
     num_cpus: float | None = Field(None, gt=0, description="Ray CPUs of the server; default: all but the trainer's")
     num_gpus: float = Field(0, ge=0)
     start_timeout_s: float = Field(900, gt=0)
+    insecure: bool = Field(False, description="listen beyond this machine without an API key, use an open Ray cluster")
+    drain_s: float = Field(30, ge=0, description="time that open requests have to finish after a stop")
+    hang_s: float = Field(300, gt=0, description="an engine that takes longer than that for a step is started anew")
+
+
+class LimitsConfig(_Branch):
+    """What the server takes on; what is beyond is refused at once."""
+
+    body_kib: int = Field(8192, ge=1, description="size of a request's body (413 beyond)")
+    header_kib: int = Field(64, ge=1, description="size of a request's line and headers together (400 beyond)")
+    waiting: int | None = Field(
+        None, ge=0, description="open requests beyond those that the engine runs at once (503 beyond); default: as many"
+    )
+    request_s: float = Field(3600, gt=0, description="longest time of a request, waiting included (504 beyond)")
+    n: int = Field(64, ge=1, description="answers that a request may ask for (400 beyond)")
 
 
 Objective = Literal["goodput", "latency", "slo"]
@@ -127,6 +142,7 @@ class CaptureConfig(_Branch):
     interval_s: float = Field(0.5, gt=0, description="how often traces are collected from the engine")
     log_dir: Path | None = Field(None, description="keep the traces there, for `aurora train`; they hold users' text")
     log_mib: int = Field(4096, ge=1, description="bound of the logged traces; the oldest are removed")
+    log_days: float | None = Field(30, gt=0, description="age at which logged traces are removed; null: any")
 
 
 class RLConfig(_Branch):
@@ -218,6 +234,7 @@ class AuroraConfig(_Branch):
     cache_dir: Path = Field(default_factory=cache_root)
     vllm_args: tuple[str, ...] = Field((), description="flags passed to vLLM as they are")
     server: ServerConfig = ServerConfig()
+    limits: LimitsConfig = LimitsConfig()
     speculation: SpeculationConfig = SpeculationConfig()
     capture: CaptureConfig = CaptureConfig()
     trainer: TrainerConfig = TrainerConfig()

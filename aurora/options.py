@@ -40,6 +40,7 @@ OPTIONS = (
     Option("--host", "server.host", "address to listen on"),
     Option("--port", "server.port", "port to listen on; 0 takes a free one", int, "N"),
     Option("--api-key-file", "server.api_key_file", "file with one API key a line", Path, "FILE"),
+    Option("--insecure", "server.insecure", "listen beyond this machine without an API key", constant=True),
     Option("--run-dir", "run_dir", "drafter store, checkpoints and W&B files", Path, "DIR"),
     Option("--no-speculation", "speculation.enabled", "decode plainly", constant=False),
     Option("--fixed-k", "speculation.fixed_k", "draft N tokens for every request instead of choosing", int, "N"),

@@ -9,13 +9,15 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
+from serve.asgi import Replay, header, path_of, read_body, send_error, sized
 from serve.domains import MAX_LABEL
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
 _ROUTES = ("/v1/chat/completions", "/v1/completions")
 _SHOWN = 80  # characters of a wrong value
@@ -59,16 +61,16 @@ class RequestOptionsMiddleware:
         if not _concerned(scope):
             await self._app(scope, receive, send)
             return
-        body, left = await _read(receive)
+        body, left = await read_body(receive)
         if left is not None:
-            await self._app(scope, _Replay(body, left, receive), send)
+            await self._app(scope, Replay(body, left, receive), send)
             return
         try:
             body = with_options(body)
         except BadOption as error:
-            await _refuse(send, error)
+            await send_error(send, HTTPStatus.BAD_REQUEST, str(error), error.name)
             return
-        await self._app(_sized(scope, len(body)), _Replay(body, None, receive), send)
+        await self._app(sized(scope, len(body)), Replay(body, None, receive), send)
 
 
 def install(app: "Starlette") -> None:
@@ -141,45 +143,5 @@ _WORDS = (b'"metadata"', b'"vllm_xargs"', *(f'"{name}"'.encode() for name in _NU
 def _concerned(scope: "Scope") -> bool:
     if scope["type"] != "http" or scope["method"] != "POST":
         return False
-    path: str = scope["path"]
-    kind = dict(scope["headers"]).get(b"content-type", b"").split(b";")[0].strip().lower()
-    return path.removeprefix(scope.get("root_path", "")) in _ROUTES and kind == b"application/json"
-
-
-async def _read(receive: "Receive") -> "tuple[bytes, Message | None]":
-    """The whole body, and None; what came of it and the message that ended it if the client left before."""
-    chunks: list[bytes] = []
-    while True:
-        message = await receive()
-        if message["type"] != "http.request":
-            return b"".join(chunks), message
-        chunks.append(message.get("body", b""))
-        if not message.get("more_body", False):
-            return b"".join(chunks), None
-
-
-class _Replay:
-    """Gives a body that was read already once more, then whatever else comes."""
-
-    def __init__(self, body: bytes, left: "Message | None", receive: "Receive") -> None:
-        self._first: list[Message] = [{"type": "http.request", "body": body, "more_body": left is not None}]
-        if left is not None:
-            self._first.append(left)
-        self._receive = receive
-
-    async def __call__(self) -> "Message":
-        return self._first.pop(0) if self._first else await self._receive()
-
-
-def _sized(scope: "Scope", length: int) -> "Scope":
-    """The scope of the same request with a body of `length` bytes."""
-    kept = [(k, v) for k, v in scope["headers"] if k not in (b"content-length", b"transfer-encoding")]
-    return {**scope, "headers": [*kept, (b"content-length", str(length).encode())]}
-
-
-async def _refuse(send: "Send", bad: BadOption) -> None:
-    error: dict[str, Any] = {"message": str(bad), "type": "BadRequestError", "param": bad.name, "code": 400}
-    body = json.dumps({"error": error}).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": 400, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    kind = header(scope, b"content-type").split(b";")[0].strip().lower()
+    return path_of(scope) in _ROUTES and kind == b"application/json"

@@ -1,0 +1,143 @@
+"""How much the server takes on: sizes of requests, how many are open, how long each may take, and none after a stop.
+
+What is refused is refused before vLLM sees it. Overload is told apart from failure: status 503 with `Retry-After`,
+after which clients such as OpenAI's ask again by themselves.
+"""
+
+import asyncio
+import math
+import time
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import TYPE_CHECKING
+
+from aurora.config import LimitsConfig
+from serve.asgi import BodyTooLarge, Replay, error_body, header, path_of, read_body, send_error, sized
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+_MEMORY = 0.9  # of how long requests took
+_LONGEST_RETRY_S = 60
+
+
+class Admission:
+    """Counts open requests and says whether one more is taken."""
+
+    def __init__(self, places: int) -> None:
+        """places: requests that may be open, running or waiting."""
+        self.places = places
+        self.open = 0
+        self.on_refused: Callable[[], None] = lambda: None
+        self.draining = False
+        self._usual_s = 1.0  # of the requests of late
+        self._empty = asyncio.Event()
+        self._empty.set()
+
+    @property
+    def admits(self) -> bool:
+        return not self.draining and self.open < self.places
+
+    @property
+    def retry_after_s(self) -> int:
+        """Seconds after which most of the requests that are open now will be through."""
+        return min(max(math.ceil(self._usual_s), 1), _LONGEST_RETRY_S)
+
+    def enter(self) -> None:
+        self.open += 1
+        self._empty.clear()
+
+    def leave(self, seconds: float) -> None:
+        """A request that was admitted ended after `seconds`."""
+        self.open -= 1
+        self._usual_s += (1 - _MEMORY) * (seconds - self._usual_s)
+        if not self.open:
+            self._empty.set()
+
+    async def drain(self, limit_s: float) -> bool:
+        """Admit nothing more and wait until no request is open; False when `limit_s` was too short for that."""
+        self.draining = True
+        try:
+            await asyncio.wait_for(self._empty.wait(), limit_s)
+        except TimeoutError:
+            return False
+        return True
+
+
+class AdmissionMiddleware:
+    """Bounds what POST requests take: bytes, places and time. GET requests pass untouched."""
+
+    def __init__(self, app: "ASGIApp", admission: Admission, limits: LimitsConfig) -> None:
+        self._app = app
+        self._admission = admission
+        self._limits = limits
+
+    async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+        elif not self._admission.admits:
+            await self._refuse(send)
+        else:
+            await self._admit(scope, receive, send)
+
+    async def _refuse(self, send: "Send") -> None:
+        admission = self._admission
+        admission.on_refused()
+        why = (
+            "this server is shutting down"
+            if admission.draining
+            else f"{admission.open} requests are open, as many as are taken (limits.waiting)"
+        )
+        retry = admission.retry_after_s
+        headers = [(b"retry-after", str(retry).encode())]
+        if admission.draining:
+            headers.append((b"connection", b"close"))
+        message = f"{why}; ask again in {retry} s"
+        await send_error(send, HTTPStatus.SERVICE_UNAVAILABLE, message, headers=headers)
+
+    async def _admit(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
+        answer, started = _Answer(send), time.monotonic()
+        self._admission.enter()
+        try:
+            async with asyncio.timeout(self._limits.request_s):
+                await self._run(scope, receive, answer)
+        except TimeoutError:
+            await answer.end_late(f"{path_of(scope)} took longer than {self._limits.request_s:g} s (limits.request_s)")
+        finally:
+            self._admission.leave(time.monotonic() - started)
+
+    async def _run(self, scope: "Scope", receive: "Receive", answer: "_Answer") -> None:
+        limit = self._limits.body_kib << 10
+        announced = header(scope, b"content-length")
+        try:
+            if announced.isdigit() and int(announced) > limit:
+                raise BodyTooLarge
+            body, left = await read_body(receive, limit)
+        except BodyTooLarge:
+            message = f"the body has more than {limit} bytes (limits.body_kib {self._limits.body_kib}); send less"
+            await send_error(answer, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, message, headers=[(b"connection", b"close")])
+            return
+        await self._app(sized(scope, len(body)) if left is None else scope, Replay(body, left, receive), answer)
+
+
+class _Answer:
+    """Sends an answer on and knows how far it is."""
+
+    def __init__(self, send: "Send") -> None:
+        self._send = send
+        self._head: Message | None = None
+
+    async def __call__(self, message: "Message") -> None:
+        if message["type"] == "http.response.start":
+            self._head = message
+        await self._send(message)
+
+    async def end_late(self, message: str) -> None:
+        """Tell the client that its time is up, in whatever way is left. Raises TimeoutError where there is none."""
+        if self._head is None:
+            await send_error(self._send, HTTPStatus.GATEWAY_TIMEOUT, message, headers=[(b"connection", b"close")])
+            return
+        if not dict(self._head["headers"]).get(b"content-type", b"").startswith(b"text/event-stream"):
+            raise TimeoutError(message)
+        event = b"data: " + error_body(HTTPStatus.GATEWAY_TIMEOUT, message) + b"\n\ndata: [DONE]\n\n"
+        await self._send({"type": "http.response.body", "body": event})
