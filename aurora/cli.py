@@ -13,6 +13,7 @@ from aurora.command_options import (
     add_bench_options,
     add_curve_options,
     add_plan_options,
+    add_purge_options,
     add_record_options,
     add_replay_options,
     add_simulate_options,
@@ -89,6 +90,12 @@ def _parser() -> argparse.ArgumentParser:
     plan = commands.add_parser("plan", help="replicas, machines and k for a trace and a promise", allow_abbrev=False)
     add_plan_options(plan)
     plan.set_defaults(run=_plan, passes_rest=False)
+    traces = commands.add_parser("traces", help="logged traces (`capture.log_dir`)", allow_abbrev=False)
+    purge = traces.add_subparsers(required=True, metavar="COMMAND").add_parser(
+        "purge", help="remove them", allow_abbrev=False
+    )
+    add_purge_options(purge)
+    purge.set_defaults(run=_purge, passes_rest=False)
     doctor = commands.add_parser("doctor", help="say what this machine lacks", allow_abbrev=False)
     doctor.set_defaults(run=_doctor, passes_rest=False)
     return parser
@@ -113,6 +120,14 @@ def _config_show(known: argparse.Namespace, rest: list[str]) -> int:
 
     tree = read_config(known, rest).model_dump(mode="json")
     print(yaml.safe_dump(tree, sort_keys=False), end="")
+    return 0
+
+
+def _purge(known: argparse.Namespace, _rest: list[str]) -> int:
+    from aurora.trace_log import purge
+
+    files, size = purge(known.log, known.older_than_days * 86400)
+    print(f"{known.log}: {files} files, {size / (1 << 20):.1f} MiB removed")
     return 0
 
 

@@ -91,6 +91,14 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
     add("--cell", default="", metavar="NAME", help="of the prompts in these rows; default: the data set's name")
 
 
+def add_purge_options(parser: argparse.ArgumentParser) -> None:
+    """The flags of `aurora traces purge`."""
+    parser.add_argument("log", type=Path, metavar="DIR", help="`capture.log_dir` of a server")
+    parser.add_argument(
+        "--older-than-days", type=float, default=0.0, metavar="D", help="only what is older; default: everything"
+    )
+
+
 def add_record_options(parser: argparse.ArgumentParser) -> None:
     """The flags of `aurora record`; names and defaults are those of `RecordOptions`, which checks the values.
 

@@ -10,17 +10,20 @@ import os
 import signal
 import sys
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import Any
+from urllib.parse import urlsplit
 
 from aurora.config import AuroraConfig, UserError
 from aurora.default_model import model_directory, resolve_model
 from aurora.environment import engine_environment
+from aurora.ray_access import LOOPBACK, require_token
+from aurora.standby import Standby
 
 log = logging.getLogger(__name__)
 
@@ -32,14 +35,19 @@ _ROOT = Path(__file__).resolve().parent.parent
 
 def serve(config: AuroraConfig) -> int:
     """Serve until interrupted; returns the exit code. Raises UserError for what the user can mend, before serving."""
+    from serve.access import read_api_keys, refuse_exposure
+
     config = config.model_copy(update={"run_dir": config.run_dir.expanduser().resolve()})
+    keys = read_api_keys(config.server.api_key_file, os.environ)
+    refuse_exposure(config.server, keys)
+    require_token(config.server.insecure)
     model_dir = model_directory(resolve_model(config.model, config.cache_dir))
     _make_run_dir(config.run_dir)
     _start_ray(config)
     import ray
 
     try:
-        deployment = Deployment(config, model_dir)
+        deployment = Deployment(config, model_dir, keys)
         try:
             return _supervise(deployment)
         finally:
@@ -51,7 +59,7 @@ def serve(config: AuroraConfig) -> int:
 class Deployment:
     """The actors of one `aurora serve`. They know each other by name, so that a restarted one finds the others."""
 
-    def __init__(self, config: AuroraConfig, model_dir: Path) -> None:
+    def __init__(self, config: AuroraConfig, model_dir: Path, keys: Sequence[str]) -> None:
         self.config = config
         self._id = uuid.uuid4().hex[:8]
         self.reporter = self._make_reporter()
@@ -61,9 +69,10 @@ class Deployment:
         self.server = make_server_actor(
             config,
             model_dir,
+            keys,
             trainer=self._name("trainer") if self.trainer is not None else None,
             reporter=self._name("reporter") if self.reporter is not None else None,
-            environment=_server_environment(),
+            environment=engine_environment() | _server_environment(config),
             resources=_role("serve"),
         )
 
@@ -102,11 +111,14 @@ def _supervise(deployment: Deployment) -> int:
 
     stopping = _StopSignals(deployment.server.stop.remote, partial(ray.kill, deployment.server))
     failures = 0  # in a row, without ever becoming ready
+    url, standby = "", Standby("")
     while True:
-        running = deployment.server.run.remote()
+        running = deployment.server.run.remote(urlsplit(url).port)
         try:
             stopping.serving = False
-            failures = 0 if _announce(deployment, running, stopping) else failures + 1
+            found = _announce(deployment, running, stopping)
+            standby.close()
+            url, failures = (found, 0) if found else (url, failures + 1)
             ray.get(running)
             return 0
         except ray.exceptions.RayTaskError as error:
@@ -120,12 +132,15 @@ def _supervise(deployment: Deployment) -> int:
             if failures >= _MAX_FAILED_STARTS:
                 raise UserError(f"the server died {failures} times before it was ready; see {_ray_logs()}") from None
             log.warning("the server process died; it restarts with the newest published drafter")
+            if deployment.config.cluster.address is None:
+                standby.close()
+                standby = Standby(url)
             if stopping.wait(_RESTART_PAUSE_S):  # a server that dies at once must not be restarted in a tight loop
                 return 0
 
 
-def _announce(deployment: Deployment, running: Any, stopping: "_StopSignals") -> bool:
-    """Say where the endpoint is, once it answers; False when the server ended before that."""
+def _announce(deployment: Deployment, running: Any, stopping: "_StopSignals") -> str:
+    """Say where the endpoint is, once it answers, and return its URL; empty when the server ended before that."""
     import ray
 
     address = deployment.server.address.remote()
@@ -136,14 +151,14 @@ def _announce(deployment: Deployment, running: Any, stopping: "_StopSignals") ->
             f"see {_ray_logs()}, or raise server.start_timeout_s"
         )
     if running in ready:
-        return False
+        return ""
     try:
-        host, port = ray.get(address)
+        url: str = ray.get(address)
     except ray.exceptions.RayActorError:
-        return False
+        return ""
     stopping.serving = True
-    print(f"aurora: {deployment.config.model} answers at http://{host}:{port}/v1", flush=True)
-    return True
+    print(f"aurora: {deployment.config.model} answers at {url}/v1", flush=True)
+    return url
 
 
 def _ray_logs() -> str:
@@ -198,7 +213,13 @@ def _start_ray(config: AuroraConfig) -> None:
             ) from error
         return
     cpus = max(os.cpu_count() or 1, 2)
-    ray.init(num_cpus=cpus, include_dashboard=False, runtime_env=environment, log_to_driver=False)
+    ray.init(
+        num_cpus=cpus,
+        include_dashboard=False,
+        runtime_env=environment,
+        log_to_driver=False,
+        _node_ip_address=LOOPBACK,  # all of Ray's ports are this machine's alone
+    )
 
 
 def _role(name: str) -> dict[str, float]:
@@ -208,10 +229,9 @@ def _role(name: str) -> dict[str, float]:
     return {name: 1.0} if name in ray.cluster_resources() else {}
 
 
-def _server_environment() -> dict[str, str]:
-    environment = engine_environment()
-    key = os.environ.get("AURORA_API_KEY")
-    return {**environment, **({"AURORA_API_KEY": key} if key else {})}
+def _server_environment(config: AuroraConfig) -> dict[str, str]:
+    """What vLLM's server reads from the environment. Keys are not among it: Ray writes such variables to its logs."""
+    return {"VLLM_MAX_N_SEQUENCES": str(config.limits.n), "VLLM_API_KEY": "", "VLLM_SERVER_DEV_MODE": "0"}
 
 
 def _make_run_dir(directory: Path) -> None:

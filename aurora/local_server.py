@@ -40,7 +40,7 @@ class LocalServer:
         """Return once it answers. Raises RuntimeError with the end of its output if it does not within `limit_s`."""
         end = time.monotonic() + limit_s
         while time.monotonic() < end:
-            found = re.search(r"answers at (http://\S+)/v1", self.output())
+            found = re.search(r"answers at (https?://\S+)/v1", self.output())
             if found:
                 self.url = found[1]
                 return

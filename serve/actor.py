@@ -3,58 +3,71 @@
 import asyncio
 import logging
 import os
-import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
 from prometheus_client import REGISTRY
 
+from aurora.alarms import KINDS, SpeculationAlarms
 from aurora.config import AuroraConfig
 from aurora.guard import VersionGuard
+from aurora.metrics import EngineReport
 from aurora.store import DrafterStore
 from aurora.trace_log import TraceLog
+from serve.admission import Admission
 from serve.calibration import calibrate
 from serve.engine import RunningEngine, install_seams, start_engine
 from serve.exporter import PrometheusExporter
-from serve.feedback import Ingest, Report, TraceForwarder, TrainerUnavailable, collect_forever, swap_forever
-from serve.http import bind, read_api_keys, serve_http
+from serve.feedback import Ingest, Report, TraceForwarder, TrainerUnavailable, collect_forever, expire_forever, swap_forever
+from serve.health import end_with_engine
+from serve.http import bind, serve_http, url_of
 from serve.load import Hear, LoadTeller, tell_forever
 
 log = logging.getLogger(__name__)
 
-_ENGINE_CHECK_S = 1.0
 _BACKLOG = 2048
 
 
 class Server:
     """Serves until told to stop. Restarted by Ray, it comes back with the newest verified drafter version.
 
-    `trainer` and `reporter` name actors, or are None; both may die.
+    keys: any of them lets a request in; none: all come in. `trainer` and `reporter` name actors, or are None; both may
+    die.
     """
 
-    def __init__(self, config: AuroraConfig, model_dir: Path, trainer: str | None, reporter: str | None) -> None:
+    def __init__(
+        self, config: AuroraConfig, model_dir: Path, keys: Sequence[str], trainer: str | None, reporter: str | None
+    ) -> None:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         logging.getLogger("serve").setLevel(logging.INFO)  # whatever the libraries do to the root logger
         self.config = config
         self.model_dir = model_dir
+        self._keys = keys
         self.trainer = _find(trainer)
         self.reporter = _find(reporter)
         self._http: Any = None
+        self._admission = Admission(0)
         self._ready = asyncio.Event()
-        self._address = ("", 0)
+        self._url = ""
 
-    async def run(self) -> None:
-        """Start and serve; returns after `stop`. Raises UserError for what the user can mend."""
-        keys = read_api_keys(self.config.server.api_key_file, os.environ.get("AURORA_API_KEY"))
-        sock = bind(self.config.server.host, self.config.server.port)
+    async def run(self, port: int | None = None) -> None:
+        """Start and serve; returns after `stop`. Raises UserError for what the user can mend.
+
+        port: where it was before a restart; None: as configured.
+        """
+        server = self.config.server
+        sock = bind(server.host, port or server.port, shared=port is not None)  # the launcher may stand in for us there
         engine = start_engine(self.config, self.model_dir)
+        self._admission = Admission(_places(engine, self.config))
         loops = await self._start_loops(engine)
-        self._http = await serve_http(engine, self.config, sock, keys)
-        self._address = sock.getsockname()[:2]
+        self._http = await serve_http(engine, self.config, sock, self._keys, self._admission)
+        self._url = url_of(sock, engine.args)
         sock.listen(_BACKLOG)  # from here on a connection waits instead of being refused
         self._ready.set()
-        loops.append(asyncio.create_task(_watch(engine)))
+        loops.append(asyncio.create_task(end_with_engine(engine, self.config.server.hang_s)))
         try:
             await self._http.serve(sockets=[sock])
         finally:
@@ -62,14 +75,20 @@ class Server:
                 loop.cancel()
             engine.client.shutdown()
 
-    async def address(self) -> tuple[str, int]:
-        """Host and port, once requests are answered."""
+    async def address(self) -> str:
+        """The URL of the endpoint, once requests are answered."""
         await self._ready.wait()
-        return self._address
+        return self._url
 
     async def stop(self) -> None:
-        """Let open requests finish and end `run`."""
+        """Refuse new requests, let open ones finish for `server.drain_s`, and end `run`."""
         if self._http is not None:
+            if not await self._admission.drain(self.config.server.drain_s):
+                log.warning(
+                    "%d requests are cut off after %g s (server.drain_s)",
+                    self._admission.open,
+                    self.config.server.drain_s,
+                )
             self._http.should_exit = True
 
     async def pid(self) -> int:
@@ -82,13 +101,17 @@ class Server:
         if engine.uncalibrated:
             await calibrate(engine)
         exporter = PrometheusExporter(REGISTRY)
+        self._admission.on_refused = partial(exporter.inc, "aurora_requests_refused_total", {})
         ingest = _ingest_into(self.trainer) if self.trainer is not None else None
-        forwarder = TraceForwarder(ingest, exporter, _trace_log(self.config))
+        trace_log = _trace_log(self.config)
+        forwarder = TraceForwarder(ingest, exporter, trace_log)
         hear = _heard_by(self.trainer) if self.trainer is not None else None
         teller = LoadTeller(engine.drafter.number, hear, exporter)
         report_to = teller.completed(_report_to(self.reporter)) if self.reporter is not None else None
         guard = VersionGuard(engine.drafter.number)
         observers = [exporter.update, guard.observe, teller.observe]
+        if _explores(self.config):
+            observers.append(partial(_sound, SpeculationAlarms(), exporter))
         loops = [
             swap_forever(engine, DrafterStore(self.config.store_dir), exporter, guard),
             tell_forever(engine, teller, self.config.capture.interval_s),
@@ -99,6 +122,8 @@ class Server:
             observers.append(second.observe)
             store = DrafterStore(self.config.draft_model_dir)
             loops.append(swap_forever(engine, store, exporter, second, kind="model"))
+        if trace_log is not None:
+            loops.append(expire_forever(trace_log))
         loops.append(collect_forever(engine, self.config, forwarder, observers, report_to))
         return [asyncio.create_task(_or_exit(loop)) for loop in loops]
 
@@ -116,10 +141,14 @@ def _trace_log(config: AuroraConfig) -> TraceLog | None:
     """Where traces are kept, if they are. Raises UserError when that directory cannot be used."""
     capture = config.capture
     return (
-        TraceLog(capture.log_dir.expanduser(), capture.log_mib << 20, config.model)
+        TraceLog(capture.log_dir.expanduser(), capture.log_mib << 20, config.model, _seconds(capture.log_days))
         if capture.log_dir is not None
         else None
     )
+
+
+def _seconds(days: float | None) -> float | None:
+    return None if days is None else days * 86400
 
 
 def _ingest_into(trainer: Any) -> Ingest:
@@ -170,19 +199,34 @@ async def _or_exit(loop: Any) -> None:
         os._exit(1)
 
 
-async def _watch(engine: RunningEngine) -> None:
-    """End the process when the engine has died, so that Ray restarts it."""
-    errored = False
-    while not errored:
-        await asyncio.sleep(_ENGINE_CHECK_S)
-        errored = engine.client.errored
-    log.error("the engine died at %.0f; the server restarts", time.time())
-    os._exit(1)
+def _explores(config: AuroraConfig) -> bool:
+    """Whether the neural drafter drafts now and then whatever the rule says."""
+    speculation = config.speculation
+    return "eagle3" in speculation.drafters and speculation.fixed_k != 0 and speculation.exploration > 0
+
+
+def _sound(alarms: SpeculationAlarms, exporter: PrometheusExporter, report: EngineReport) -> None:
+    """Show and log alarms that a report raises or ends."""
+    before = dict(alarms.raised)
+    alarms.observe(report)
+    for kind in KINDS:
+        exporter.set("aurora_alarm", int(kind in alarms.raised), kind=kind)
+        if kind in alarms.raised and kind not in before:
+            log.error("alarm %s: %s; see docs/reliability.md", kind, alarms.raised[kind])
+        elif kind in before and kind not in alarms.raised:
+            log.warning("alarm %s is over", kind)
+
+
+def _places(engine: RunningEngine, config: AuroraConfig) -> int:
+    """Requests that may be open."""
+    running: int = engine.client.vllm_config.scheduler_config.max_num_seqs
+    return running + (running if config.limits.waiting is None else config.limits.waiting)
 
 
 def make_server_actor(
     config: AuroraConfig,
     model_dir: Path,
+    keys: Sequence[str],
     *,
     trainer: str | None,
     reporter: str | None,
@@ -198,4 +242,4 @@ def make_server_actor(
         max_concurrency=64,
         runtime_env={"env_vars": environment},
     )
-    return actor.remote(config, model_dir, trainer, reporter)
+    return actor.remote(config, model_dir, keys, trainer, reporter)

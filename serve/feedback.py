@@ -118,6 +118,16 @@ async def collect_forever(
             pending, reported = None, time.monotonic()
 
 
+async def expire_forever(trace_log: TraceLog, interval_s: float = 60.0) -> None:
+    """Remove logged traces that are too old, also while none come."""
+    while True:
+        try:
+            await asyncio.to_thread(trace_log.expire)
+        except OSError as error:
+            log.warning("%s: old traces stay (%s)", trace_log.directory, error.strerror)
+        await asyncio.sleep(interval_s)
+
+
 async def swap_forever(
     engine: RunningEngine,
     store: DrafterStore,

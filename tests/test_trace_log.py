@@ -1,11 +1,14 @@
 """Logged traces: whole files, in order, bounded, for their owner only."""
 
 import json
+import os
+import time
 from pathlib import Path
 
 import pytest
 
 from aurora.config import UserError
+from aurora.cli import main
 from aurora.trace_log import TraceLog, is_log, log_files, logged_model
 
 
@@ -61,3 +64,42 @@ def test_a_directory_with_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "log" / "log.json").write_text(json.dumps([]))
     with pytest.raises(UserError, match=r"log\.json: damaged"):
         logged_model(tmp_path / "log")
+
+
+def _written_ago(directory: Path, ages_s: list[float]) -> None:
+    """Make the files of a log that old, the oldest first."""
+    for path, age in zip(log_files(directory), ages_s, strict=True):
+        os.utime(path, (time.time() - age,) * 2)
+
+
+def test_traces_leave_at_their_age(tmp_path: Path) -> None:
+    log = TraceLog(tmp_path, 100, "m", limit_s=3600)
+    for payload in (b"a", b"bb", b"ccc"):
+        log.write(payload)
+    log.expire()
+    assert log.nbytes == 6
+    _written_ago(tmp_path, [7200, 3700, 3500])
+    log.expire()
+    assert contents(tmp_path) == [b"ccc"]
+    assert log.nbytes == 3
+    log_files(tmp_path)[0].unlink()
+    log.expire()
+    assert log.nbytes == 0, "one that somebody else removed"
+    log.write(b"d")
+    assert contents(tmp_path) == [b"d"]
+
+
+def test_purge_removes_all_or_the_old(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = TraceLog(tmp_path / "log", 100, "m")
+    for payload in (b"a", b"b", b"c"):
+        log.write(payload)
+    (log.directory / "traces-00000004.part").write_bytes(b"half")
+    _written_ago(log.directory, [9e5, 8e5, 10])
+    assert main(["traces", "purge", str(log.directory), "--older-than-days", "9"]) == 0
+    assert contents(log.directory) == [b"c"]
+    assert "2 files, 0.0 MiB removed" in capsys.readouterr().out
+    assert main(["traces", "purge", str(log.directory)]) == 0
+    assert [p.name for p in log.directory.iterdir()] == ["log.json"]
+    assert main(["traces", "purge", str(tmp_path)]) == 2
+    assert "no log of traces (`capture.log_dir`); give one" in capsys.readouterr().err
+    assert main(["traces", "purge", str(log.directory), "--older-than-days", "-1"]) == 2
