@@ -11,10 +11,10 @@ endif
 BIN := .venv/bin
 STAMP := .venv/.installed-$(EXTRA)
 
-.PHONY: help install serve test check format bench lock clean
+.PHONY: help install serve test faults check format bench lock clean
 
 help:
-	@echo "make install | serve [ARGS=...] | test | check | format | bench [ARGS=...] | lock | clean     (EXTRA=$(EXTRA))"
+	@echo "make install | serve [ARGS=...] | test | faults | check | format | bench [ARGS=...] | lock | clean     (EXTRA=$(EXTRA))"
 
 install: $(STAMP)
 
@@ -26,6 +26,9 @@ serve: install
 
 test: install
 	$(BIN)/python -m pytest $(ARGS)
+
+faults: install
+	$(BIN)/python -m pytest tests/faults $(ARGS)
 
 check: install
 	BIN=$(BIN) scripts/check
