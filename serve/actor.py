@@ -21,7 +21,15 @@ from serve.admission import Admission
 from serve.calibration import calibrate
 from serve.engine import RunningEngine, install_seams, start_engine
 from serve.exporter import PrometheusExporter
-from serve.feedback import Ingest, Report, TraceForwarder, TrainerUnavailable, collect_forever, expire_forever, swap_forever
+from serve.feedback import (
+    Ingest,
+    Report,
+    TraceForwarder,
+    TrainerUnavailable,
+    collect_forever,
+    expire_forever,
+    swap_forever,
+)
 from serve.health import end_with_engine
 from serve.http import bind, serve_http, url_of
 from serve.load import Hear, LoadTeller, tell_forever

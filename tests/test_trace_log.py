@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from aurora.config import UserError
 from aurora.cli import main
+from aurora.config import UserError
 from aurora.trace_log import TraceLog, is_log, log_files, logged_model
 
 
