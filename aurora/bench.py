@@ -4,7 +4,7 @@ Every arm is a whole `aurora serve`; all of them are up at once and requests go 
 from round to round, so that whatever else the machine does hits all arms alike. Each round sends every arm the same
 prompts; an arm's ratio is to `--no-speculation` within the round, and the median over the rounds is what counts. Tokens
 per second are those of a full server, until one of the requests that may be open at once is missing. With `--json FILE`
-a run that was cut off goes on where it stopped.
+a run that was cut off goes on where it stopped, and one that is complete is shown again.
 """
 
 import asyncio
@@ -123,7 +123,26 @@ def run(options: BenchOptions) -> int:
     prompts = _prompts(options)
     if options.results is not None:
         read_rows(options.results)  # one that is none must be known before the work
-    before = measured(options)
+    result = measured(options)
+    if not _is_complete(result, prompts, options):
+        result = _measure_all(result, prompts, options)
+    show(result)
+    if options.results is not None:
+        write_rows(options.results, result.published(options.experiment, options.cell))
+    _keep(result, options, result.rows())
+    return 0
+
+
+def _is_complete(result: BenchResult, prompts: Mapping[str, Sequence[Conversation]], options: BenchOptions) -> bool:
+    done = {m.place for m in result.measurements}
+    rounds = _rounds(prompts, options)
+    return all((cell, arm, number) in done for cell, number, _ in rounds if number for arm in arms(options))
+
+
+def _measure_all(
+    before: BenchResult, prompts: Mapping[str, Sequence[Conversation]], options: BenchOptions
+) -> BenchResult:
+    """Start the arms and measure what is missing."""
     signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))  # so that the servers end with us
     with tempfile.TemporaryDirectory(prefix="aurora-bench-") as scratch, ExitStack() as stack:
         servers: dict[str, LocalServer] = {}
@@ -143,12 +162,7 @@ def run(options: BenchOptions) -> int:
         def let_train(name: str, yes: bool) -> None:
             servers[name].let_train(yes)
 
-        result = asyncio.run(measure(urls, prompts, options, let_train, before))
-    show(result)
-    if options.results is not None:
-        write_rows(options.results, result.published(options.experiment, options.cell))
-    _keep(result, options, result.rows())
-    return 0
+        return asyncio.run(measure(urls, prompts, options, let_train, before))
 
 
 def _identity(options: BenchOptions) -> dict[str, str]:
@@ -157,21 +171,22 @@ def _identity(options: BenchOptions) -> dict[str, str]:
     return {name: str(value) for name, value in asdict(options).items() if name not in left_out}
 
 
-def measured(options: BenchOptions) -> list[Measurement]:
+def measured(options: BenchOptions) -> BenchResult:
     """What an earlier run measured. Raises UserError when the file holds something else."""
     file = options.json_file
     if file is None or not file.exists():
-        return []
+        return BenchResult()
     try:
         kept = json.loads(file.read_text())
         found = [Measurement(**each | {"latency_s": tuple(each["latency_s"])}) for each in kept["rounds"]]
+        costs = dict(kept["step_costs"])
         differs = [name for name, value in _identity(options).items() if kept["options"][name] != value]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--json {file}: exists and is no bench to go on with ({error!r}); give another") from error
     if differs:
         flag = _FLAGS.get(differs[0], "--" + differs[0].replace("_", "-"))
         raise UserError(f"--json {file}: holds a bench with another {flag}; give another file, or remove it")
-    return found
+    return BenchResult(found, costs)
 
 
 def _keep(result: BenchResult, options: BenchOptions, rows: Iterable[object] = ()) -> None:
@@ -224,14 +239,15 @@ async def measure(
     prompts: Mapping[str, Sequence[Conversation]],
     options: BenchOptions,
     let_train: Callable[[str, bool], None] = lambda _name, _yes: None,
-    before: Sequence[Measurement] = (),
+    before: BenchResult | None = None,
 ) -> BenchResult:
     """Send the rounds of each data set's prompts to the servers (name -> URL). A short first one warms up, uncounted.
 
     let_train: is told whose trainer may compute, because on an idle server it takes all it gets. before: what need not
     be measured again.
     """
-    result, done = BenchResult(list(before)), {m.place for m in before}
+    result = BenchResult() if before is None else before
+    done = {m.place for m in result.measurements}
     names = list(servers)
     with Progress(console=Console(stderr=True)) as progress:
         rounds = list(_rounds(prompts, options))

@@ -9,7 +9,7 @@ from threading import Thread
 
 import pytest
 
-from aurora.bench import ARMS, BenchOptions, Load, arms, measure, measured
+from aurora.bench import ARMS, BenchOptions, Load, arms, measure, measured, run
 from aurora.bench_result import BASELINE, BenchResult, Cell, Measurement, full_throughput
 from aurora.config import AuroraConfig, UserError
 from aurora.options import add_config_options, read_config
@@ -188,13 +188,13 @@ def test_a_bench_that_was_cut_off_goes_on(urls: dict[str, str], tmp_path: Path) 
     options = BenchOptions(rounds=1, requests=2, loads=(Load(1),), json_file=file)
     first = asyncio.run(measure(urls, {"d": prompts}, options)).measurements
     more = replace(options, rounds=2)
-    assert measured(more) == first
+    assert measured(more).measurements == first
     _Endpoint.seen = []
     result = asyncio.run(measure(urls, {"d": prompts}, more, before=measured(more)))
     warm_up, last = ["p0"], ["p3", "p4"]
     assert [text for _, text in _Endpoint.seen] == [*warm_up * 2, *last * 2], "the first round is not sent again"
     assert result.measurements[:2] == first
-    assert measured(more) == result.measurements
+    assert measured(more) == result
     with pytest.raises(UserError, match="holds a bench with another --max-tokens; give another file"):
         measured(replace(more, max_tokens=9))
     for changed, flag in (({"loads": (Load(2),)}, "concurrency"), ({"datasets": ("x",)}, "dataset")):
@@ -204,3 +204,19 @@ def test_a_bench_that_was_cut_off_goes_on(urls: dict[str, str], tmp_path: Path) 
         file.write_text(broken)
         with pytest.raises(UserError, match="exists and is no bench to go on with"):
             measured(more)
+
+
+def test_a_bench_that_is_complete_is_shown_again(urls: dict[str, str], tmp_path: Path) -> None:
+    data, file, rows = tmp_path / "d.jsonl", tmp_path / "bench.json", tmp_path / "results.json"
+    data.write_text("".join(json.dumps({"prompt": f"p{i}"}) + "\n" for i in range(3)))
+    options = BenchOptions(
+        datasets=(str(data),), arms=("table",), rounds=1, requests=1, loads=(Load(1),), json_file=file, results=rows
+    )
+    servers = {BASELINE: urls[BASELINE], "table": urls["x"]}
+    asyncio.run(measure(servers, {"d": [Conversation((f"p{i}",)) for i in range(3)]}, options))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"step_costs": {"constant": 0.5}}))
+    _Endpoint.seen = []
+    assert run(options) == 0
+    assert not _Endpoint.seen
+    assert measured(options).step_costs == {"constant": 0.5}
+    assert {row["policy"] for row in json.loads(rows.read_text())} == {"no_speculation", "table"}
