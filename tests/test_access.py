@@ -1,5 +1,6 @@
 """Who may ask: through the application that vLLM builds, and for addresses to listen on."""
 
+import logging
 from argparse import Namespace
 from pathlib import Path
 
@@ -22,7 +23,9 @@ def app() -> FastAPI:
     """vLLM's own application with every route that text models have, guarded as it is served."""
     from vllm.entrypoints.launchers.app import build_app
 
+    level = logging.root.level
     app = build_app(parse_vllm_args("model", ()), ("generate",), None)
+    logging.root.setLevel(level)  # which vLLM raises
     guard(app, AuroraConfig(server=ServerConfig(host="0.0.0.0")), KEYS, Admission(4))
     return app
 

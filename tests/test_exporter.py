@@ -35,6 +35,7 @@ def registry():
 def test_every_metric_is_there_once_it_has_a_value(registry):
     exporter = PrometheusExporter(registry)
     exporter.update(REPORT)
+    exporter.set("aurora_alarm", 0, kind="x")
     page = generate_latest(registry).decode()
     for name in METRICS:
         assert f"\n{name}" in page, name

@@ -10,7 +10,8 @@ from aurora.ray_access import keep_private, require_token
 def test_a_token_is_made_for_its_owner_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "ray" / "token"
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that what is set below goes with it
+        monkeypatch.delenv(name)
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(file))
     require_token(insecure=False)
     assert os.environ["RAY_AUTH_MODE"] == "token"
