@@ -91,12 +91,9 @@ class Server:
     async def stop(self) -> None:
         """Refuse new requests, let open ones finish for `server.drain_s`, and end `run`."""
         if self._http is not None:
-            if not await self._admission.drain(self.config.server.drain_s):
-                log.warning(
-                    "%d requests are cut off after %g s (server.drain_s)",
-                    self._admission.open,
-                    self.config.server.drain_s,
-                )
+            late = await self._admission.drain(self.config.server.drain_s)
+            if late:
+                log.warning("%d requests were cut off after %g s (server.drain_s)", late, self.config.server.drain_s)
             self._http.should_exit = True
 
     async def pid(self) -> int:

@@ -24,15 +24,21 @@ _LONGEST_RETRY_S = 60
 class Admission:
     """Counts open requests and says whether one more is taken."""
 
-    def __init__(self, places: int) -> None:
+    def __init__(self, places: int, clock: Callable[[], float] = time.monotonic) -> None:
         """places: requests that may be open, running or waiting."""
         self.places = places
-        self.open = 0
+        self._clock = clock
         self.on_refused: Callable[[], None] = lambda: None
         self.draining = False
+        self.cut_off = False  # open requests are no longer waited for
+        self._ends: dict[asyncio.Timeout, float] = {}  # of the open requests -> when they began
         self._usual_s = 1.0  # of the requests of late
         self._empty = asyncio.Event()
         self._empty.set()
+
+    @property
+    def open(self) -> int:
+        return len(self._ends)
 
     @property
     def admits(self) -> bool:
@@ -43,25 +49,32 @@ class Admission:
         """Seconds after which most of the requests that are open now will be through."""
         return min(max(math.ceil(self._usual_s), 1), _LONGEST_RETRY_S)
 
-    def enter(self) -> None:
-        self.open += 1
+    def enter(self, end: asyncio.Timeout) -> None:
+        """A request was admitted that is over when `end` comes."""
+        self._ends[end] = self._clock()
         self._empty.clear()
 
-    def leave(self, seconds: float) -> None:
-        """A request that was admitted ended after `seconds`."""
-        self.open -= 1
-        self._usual_s += (1 - _MEMORY) * (seconds - self._usual_s)
-        if not self.open:
+    def leave(self, end: asyncio.Timeout) -> None:
+        """It is over."""
+        self._usual_s += (1 - _MEMORY) * (self._clock() - self._ends.pop(end) - self._usual_s)
+        if not self._ends:
             self._empty.set()
 
-    async def drain(self, limit_s: float) -> bool:
-        """Admit nothing more and wait until no request is open; False when `limit_s` was too short for that."""
+    async def drain(self, limit_s: float) -> int:
+        """Admit nothing more and wait until no request is open; those that still are after `limit_s` are cut off.
+
+        Returns their number.
+        """
         self.draining = True
         try:
             await asyncio.wait_for(self._empty.wait(), limit_s)
         except TimeoutError:
-            return False
-        return True
+            late, self.cut_off = self.open, True
+            for end in self._ends:
+                end.reschedule(asyncio.get_running_loop().time())
+            await self._empty.wait()
+            return late
+        return 0
 
 
 class AdmissionMiddleware:
@@ -96,15 +109,19 @@ class AdmissionMiddleware:
         await send_error(send, HTTPStatus.SERVICE_UNAVAILABLE, message, headers=headers)
 
     async def _admit(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
-        answer, started = _Answer(send), time.monotonic()
-        self._admission.enter()
+        answer, end = _Answer(send), asyncio.timeout(self._limits.request_s)
+        self._admission.enter(end)
         try:
-            async with asyncio.timeout(self._limits.request_s):
+            async with end:
                 await self._run(scope, receive, answer)
         except TimeoutError:
-            await answer.end_late(f"{path_of(scope)} took longer than {self._limits.request_s:g} s (limits.request_s)")
+            if self._admission.cut_off:
+                await answer.end(HTTPStatus.SERVICE_UNAVAILABLE, "this server shut down before the answer was complete")
+            else:
+                late = f"{path_of(scope)} took longer than {self._limits.request_s:g} s (limits.request_s)"
+                await answer.end(HTTPStatus.GATEWAY_TIMEOUT, late)
         finally:
-            self._admission.leave(time.monotonic() - started)
+            self._admission.leave(end)
 
     async def _run(self, scope: "Scope", receive: "Receive", answer: "_Answer") -> None:
         limit = self._limits.body_kib << 10
@@ -132,12 +149,12 @@ class _Answer:
             self._head = message
         await self._send(message)
 
-    async def end_late(self, message: str) -> None:
-        """Tell the client that its time is up, in whatever way is left. Raises TimeoutError where there is none."""
+    async def end(self, status: HTTPStatus, message: str) -> None:
+        """Tell the client what went wrong, in whatever way is left. Raises TimeoutError where there is none."""
         if self._head is None:
-            await send_error(self._send, HTTPStatus.GATEWAY_TIMEOUT, message, headers=[(b"connection", b"close")])
+            await send_error(self._send, status, message, headers=[(b"connection", b"close")])
             return
         if not dict(self._head["headers"]).get(b"content-type", b"").startswith(b"text/event-stream"):
             raise TimeoutError(message)
-        event = b"data: " + error_body(HTTPStatus.GATEWAY_TIMEOUT, message) + b"\n\ndata: [DONE]\n\n"
+        event = b"data: " + error_body(status, message) + b"\n\ndata: [DONE]\n\n"
         await self._send({"type": "http.response.body", "body": event})

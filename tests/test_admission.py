@@ -46,6 +46,7 @@ class Busy:
         return "done"
 
     async def _stream(self) -> StreamingResponse:
+        self.loop = asyncio.get_running_loop()
         return StreamingResponse(self._chunks(), media_type="text/event-stream")
 
     async def _chunks(self) -> AsyncIterator[str]:
@@ -140,26 +141,29 @@ def test_after_a_stop_open_requests_end_and_new_ones_are_refused(patient: Busy) 
         assert open_one.result().json() == "done"
 
 
-def test_draining_says_whether_everything_ended() -> None:
-    async def drain() -> list[bool]:
-        admission = Admission(2)
-        empty = await admission.drain(0.01)
-        admission.enter()
-        cut_off = await admission.drain(0.01)
-        asyncio.get_running_loop().call_later(0.01, admission.leave, 1.0)
-        return [empty, cut_off, await admission.drain(60)]
+def test_what_takes_longer_than_a_stop_allows_is_told(patient: Busy) -> None:
+    def stop() -> int:
+        return asyncio.run_coroutine_threadsafe(patient.admission.drain(0.05), patient.loop).result(30)
 
-    assert asyncio.run(drain()) == [True, False, True]
+    with ThreadPoolExecutor(2) as pool:
+        waiting = pool.submit(httpx.post, patient.url + "/wait", timeout=60)
+        streaming = pool.submit(httpx.post, patient.url + "/stream", timeout=60)
+        wait_until(lambda: patient.admission.open == 2, 30, "both are open")
+        assert stop() == 2
+        assert waiting.result().status_code == 503
+        assert "shut down before the answer was complete" in waiting.result().text
+        assert "shut down before the answer was complete" in streaming.result().text
+    assert stop() == 0, "nothing is left"
 
 
-def test_retry_after_follows_how_long_requests_take() -> None:
-    admission = Admission(1)
+async def test_retry_after_follows_how_long_requests_take() -> None:
+    now = [0.0]
+    admission = Admission(1, lambda: now[0])
     assert admission.retry_after_s == 1
-    for _ in range(50):
-        admission.enter()
-        admission.leave(12.0)
-    assert admission.retry_after_s == 12
-    for _ in range(50):
-        admission.enter()
-        admission.leave(1e4)
-    assert admission.retry_after_s == 60
+    for seconds, expected in ((12.0, 12), (1e4, 60)):
+        for _ in range(50):
+            end = asyncio.timeout(None)
+            admission.enter(end)
+            now[0] += seconds
+            admission.leave(end)
+        assert admission.retry_after_s == expected
