@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 from aurora.config import AuroraConfig, UserError
 from aurora.default_model import model_directory, resolve_model
 from aurora.environment import engine_environment
-from aurora.ray_access import LOOPBACK, require_token
+from aurora.ray_access import require_token
 from aurora.standby import Standby
 
 log = logging.getLogger(__name__)
@@ -213,13 +213,7 @@ def _start_ray(config: AuroraConfig) -> None:
             ) from error
         return
     cpus = max(os.cpu_count() or 1, 2)
-    ray.init(
-        num_cpus=cpus,
-        include_dashboard=False,
-        runtime_env=environment,
-        log_to_driver=False,
-        _node_ip_address=LOOPBACK,  # all of Ray's ports are this machine's alone
-    )
+    ray.init(num_cpus=cpus, include_dashboard=False, runtime_env=environment, log_to_driver=False)
 
 
 def _role(name: str) -> dict[str, float]:

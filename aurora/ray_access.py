@@ -1,6 +1,6 @@
 """Who may use the Ray cluster: whoever reaches its ports can run code on it, so that they ask for a token.
 
-A cluster of our own listens on this machine alone.
+Ray listens on all addresses of a machine; `ray.init` turns 127.0.0.1 into the one that others reach.
 """
 
 import logging
@@ -13,7 +13,6 @@ from aurora.config import UserError
 
 log = logging.getLogger(__name__)
 
-LOOPBACK = "127.0.0.1"
 _MODE, _TOKEN, _TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"  # variables that Ray reads
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
 

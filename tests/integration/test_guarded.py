@@ -6,7 +6,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
-import psutil
 import pytest
 
 from tests.integration.guarded import FLAGS, KEY, Guarded
@@ -27,18 +26,6 @@ def guarded(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     server.url = server.url.replace("0.0.0.0", "127.0.0.1")
     yield server
     assert server.stop() == 0
-
-
-def test_only_the_endpoint_listens_beyond_this_machine(guarded: Guarded) -> None:
-    heard = {}
-    for process in guarded.processes():
-        for connection in process.net_connections(kind="inet"):
-            if connection.status == psutil.CONN_LISTEN:
-                heard[connection.laddr] = process.name()
-    port = int(guarded.url.rsplit(":", 1)[1])
-    beyond = {address.port: name for address, name in heard.items() if address.ip not in ("127.0.0.1", "::1")}
-    assert set(beyond) == {port}
-    assert len(heard) > 3, "Ray's are there"
 
 
 def test_no_route_without_the_key(guarded: Guarded) -> None:
