@@ -65,7 +65,7 @@ class LimitsConfig(_Branch):
     """What the server takes on; what is beyond is refused at once."""
 
     body_kib: int = Field(8192, ge=1, description="size of a request's body (413 beyond)")
-    header_kib: int = Field(64, ge=1, description="size of a request's line and headers together (400 beyond)")
+    header_kib: int = Field(64, ge=1, description="size of a request's line and headers together (431 beyond)")
     waiting: int | None = Field(
         None, ge=0, description="open requests beyond those that the engine runs at once (503 beyond); default: as many"
     )

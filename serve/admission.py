@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable
 from http import HTTPStatus
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from aurora.config import LimitsConfig
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 _MEMORY = 0.9  # of how long requests took
 _LONGEST_RETRY_S = 60
+_CLOSE = (b"connection", b"close")
 
 
 class Admission:
@@ -78,7 +80,7 @@ class Admission:
 
 
 class AdmissionMiddleware:
-    """Bounds what POST requests take: bytes, places and time. GET requests pass untouched."""
+    """Bounds the headers of all requests, and of POST requests the body, the places and the time that they take."""
 
     def __init__(self, app: "ASGIApp", admission: Admission, limits: LimitsConfig) -> None:
         self._app = app
@@ -86,7 +88,11 @@ class AdmissionMiddleware:
         self._limits = limits
 
     async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
-        if scope["type"] != "http" or scope["method"] != "POST":
+        if scope["type"] == "http" and sum(map(len, chain(*scope["headers"]))) > self._limits.header_kib << 10:
+            # The parser bounds what it keeps of headers that never end; one that is whole at once may be larger.
+            message = f"the headers have more than {self._limits.header_kib} KiB (limits.header_kib); send less"
+            await send_error(send, HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, message, headers=[_CLOSE])
+        elif scope["type"] != "http" or scope["method"] != "POST":
             await self._app(scope, receive, send)
         elif not self._admission.admits:
             await self._refuse(send)
@@ -104,7 +110,7 @@ class AdmissionMiddleware:
         retry = admission.retry_after_s
         headers = [(b"retry-after", str(retry).encode())]
         if admission.draining:
-            headers.append((b"connection", b"close"))
+            headers.append(_CLOSE)
         message = f"{why}; ask again in {retry} s"
         await send_error(send, HTTPStatus.SERVICE_UNAVAILABLE, message, headers=headers)
 
@@ -132,7 +138,7 @@ class AdmissionMiddleware:
             body, left = await read_body(receive, limit)
         except BodyTooLarge:
             message = f"the body has more than {limit} bytes (limits.body_kib {self._limits.body_kib}); send less"
-            await send_error(answer, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, message, headers=[(b"connection", b"close")])
+            await send_error(answer, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, message, headers=[_CLOSE])
             return
         await self._app(sized(scope, len(body)) if left is None else scope, Replay(body, left, receive), answer)
 
@@ -152,7 +158,7 @@ class _Answer:
     async def end(self, status: HTTPStatus, message: str) -> None:
         """Tell the client what went wrong, in whatever way is left. Raises TimeoutError where there is none."""
         if self._head is None:
-            await send_error(self._send, status, message, headers=[(b"connection", b"close")])
+            await send_error(self._send, status, message, headers=[_CLOSE])
             return
         if not dict(self._head["headers"]).get(b"content-type", b"").startswith(b"text/event-stream"):
             raise TimeoutError(message)

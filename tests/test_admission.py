@@ -16,7 +16,7 @@ from serve.admission import Admission, AdmissionMiddleware
 from tests.local_http import serving
 from tests.waiting import wait_until
 
-LIMITS = LimitsConfig(body_kib=4, request_s=1.0)
+LIMITS = LimitsConfig(body_kib=4, header_kib=4, request_s=1.0)
 
 
 class Busy:
@@ -87,6 +87,13 @@ def test_a_body_that_is_too_large_is_not_read(busy: Busy, chunked: bool) -> None
     assert "limits.body_kib 4" in answer.json()["error"]["message"]
     assert post(17).json() == 17
     assert busy.admission.open == 0
+
+
+def test_headers_that_are_too_large_are_refused(busy: Busy) -> None:
+    for method, path in (("GET", "/hello"), ("POST", "/echo")):
+        answer = httpx.request(method, busy.url + path, headers={f"h{i}": "x" * 1000 for i in range(5)})
+        assert answer.status_code == 431
+        assert "more than 4 KiB (limits.header_kib)" in answer.json()["error"]["message"]
 
 
 def test_one_too_many_is_asked_to_come_again(patient: Busy) -> None:

@@ -61,7 +61,7 @@ def test_no_memory_for_the_kv_cache(tiny_model: Path, tmp_path: Path) -> None:
 def test_a_drafter_of_another_model(learning: ServedModel, tiny_model: Path, tmp_path: Path) -> None:
     foreign = tmp_path / "foreign"
     foreign.mkdir()
-    source = learning.run_dir / "drafters" / "v000001"
+    source = max((learning.run_dir / "drafters").glob("v*"))
     config = json.loads((source / "config.json").read_text())
     config["transformer_layer_config"]["hidden_size"] = 128
     (foreign / "config.json").write_text(json.dumps(config))
