@@ -23,8 +23,7 @@ _FORBIDDEN = "no valid API key: send one as 'Authorization: Bearer KEY' (or 'x-a
 class AccessMiddleware:
     """Lets a request through that carries one of the keys or asks for an open path; all others get status 401.
 
-    It knows no routes: one that is added later is guarded, too. Requests for leave of a browser (OPTIONS) carry no
-    keys and are answered by vLLM's CORS middleware.
+    It knows no routes: one that is added later is guarded, too. A browser that asks for leave (CORS) sends no key.
     """
 
     def __init__(self, app: "ASGIApp", keys: Sequence[str], open_paths: frozenset[str] = OPEN_PATHS) -> None:
@@ -41,7 +40,7 @@ class AccessMiddleware:
             await send_error(send, HTTPStatus.UNAUTHORIZED, _FORBIDDEN, headers=[(b"www-authenticate", b"Bearer")])
 
     def _may(self, scope: "Scope") -> bool:
-        return scope.get("method") == "OPTIONS" or path_of(scope) in self._open or self._has_key(scope)
+        return _is_preflight(scope) or path_of(scope) in self._open or self._has_key(scope)
 
     def _has_key(self, scope: "Scope") -> bool:
         scheme, _, key = header(scope, b"authorization").partition(b" ")
@@ -50,6 +49,12 @@ class AccessMiddleware:
         for digest in self._digests:  # all of them, so that the time says nothing of which one it was
             found |= hmac.compare_digest(given, digest)
         return found
+
+
+def _is_preflight(scope: "Scope") -> bool:
+    """Whether a browser asks for leave: the CORS middleware answers that itself, no route sees it."""
+    names = {name for name, _ in scope["headers"]}
+    return scope.get("method") == "OPTIONS" and {b"origin", b"access-control-request-method"} <= names
 
 
 def _digest(key: bytes) -> bytes:

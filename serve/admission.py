@@ -8,6 +8,7 @@ import asyncio
 import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from http import HTTPStatus
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 _MEMORY = 0.9  # of how long requests took
 _LONGEST_RETRY_S = 60
+_CUT_OFF_S = 5.0  # that telling the clients of requests that are cut off may take
 _CLOSE = (b"connection", b"close")
 
 
@@ -73,8 +75,10 @@ class Admission:
         except TimeoutError:
             late, self.cut_off = self.open, True
             for end in self._ends:
-                end.reschedule(asyncio.get_running_loop().time())
-            await self._empty.wait()
+                with suppress(RuntimeError):  # its own time is up already
+                    end.reschedule(asyncio.get_running_loop().time())
+            with suppress(TimeoutError):  # a client that does not listen is not waited for
+                await asyncio.wait_for(self._empty.wait(), _CUT_OFF_S)
             return late
         return 0
 

@@ -45,7 +45,7 @@ def test_every_route_wants_a_key(app: FastAPI, client: TestClient) -> None:
     assert len(routes) > 20
     assert {path for path, _ in routes} >= {"/v1/chat/completions", "/tokenize", "/metrics", "/openapi.json", "/ready"}
     for path, method in routes:
-        if path in OPEN_PATHS or method == "OPTIONS":
+        if path in OPEN_PATHS:
             continue
         for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Bearer"}, {"x-api-key": ""}):
             answer = client.request(method, path, headers=headers)
@@ -72,6 +72,14 @@ def test_any_of_the_keys_opens(client: TestClient, key: str) -> None:
     for headers in ({"authorization": f"Bearer {key}"}, {"authorization": f"bearer {key}"}, {"x-api-key": key}):
         assert client.get("/version", headers=headers).status_code == 200
         assert client.get("/ready").status_code == 200
+
+
+def test_only_a_browser_that_asks_for_leave_needs_no_key(client: TestClient) -> None:
+    for path in ("/metrics", "/v1/models"):
+        assert client.options(path).status_code == 401
+        asks = {"origin": "https://page.example", "access-control-request-method": "POST"}
+        answer = client.options(path, headers=asks)
+        assert answer.text == "Disallowed CORS origin", "no route saw it; --allowed-origins names who may"
 
 
 def test_a_websocket_without_a_key_is_not_accepted() -> None:

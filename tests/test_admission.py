@@ -174,3 +174,10 @@ async def test_retry_after_follows_how_long_requests_take() -> None:
             now[0] += seconds
             admission.leave(end)
         assert admission.retry_after_s == expected
+
+
+async def test_a_stop_does_not_wait_for_who_cannot_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve.admission._CUT_OFF_S", 0.01)
+    admission = Admission(1)
+    admission.enter(asyncio.timeout(None))  # one that cannot be rescheduled, and never leaves
+    assert await admission.drain(0.01) == 1
