@@ -11,10 +11,11 @@ endif
 BIN := .venv/bin
 STAMP := .venv/.installed-$(EXTRA)
 
-.PHONY: help install serve test faults check format bench lock clean
+.PHONY: help install serve test faults soak check audit sbom format bench lock clean
 
 help:
-	@echo "make install | serve [ARGS=...] | test | faults | check | format | bench [ARGS=...] | lock | clean     (EXTRA=$(EXTRA))"
+	@echo "make install | serve [ARGS=...] | test | faults | soak [ARGS=...] | check | audit | sbom | format | bench [ARGS=...] |"
+	@echo "     lock | clean     (EXTRA=$(EXTRA))"
 
 install: $(STAMP)
 
@@ -30,8 +31,17 @@ test: install
 faults: install
 	$(BIN)/python -m pytest tests/faults $(ARGS)
 
+soak: install
+	$(BIN)/python -m tests.faults.soak $(ARGS)
+
 check: install
 	BIN=$(BIN) scripts/check
+
+audit: install
+	BIN=$(BIN) scripts/audit
+
+sbom: install
+	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --of JSON -o sbom.json $(BIN)/python
 
 format: install
 	$(BIN)/ruff check --fix .

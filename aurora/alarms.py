@@ -11,6 +11,7 @@ from aurora.trace import TABLE_VERSION
 
 NEVER_RIGHT, OFF = "drafter_never_right", "speculation_off"
 KINDS = (NEVER_RIGHT, OFF)
+UNSAVED = "training_unsaved"  # raised by what the trainer says of its disk (`serve.load`)
 DRAFTS = 1000  # without one right first token. The untrained drafter has about 30
 STEPS = 2000  # without a draft, though prompts were read: exploration alone makes some every 400 or so
 

@@ -3,14 +3,15 @@
 Rows go to groups, each with its own axis: `serving/*` over `time_s` (seconds since the epoch), `learning/*` over
 `trainer_step`, `versions/*` over `drafter_version`; the draft model's training has `draft_model_learning/*` and
 `draft_model_versions/*`. A deployment that could never log fails at start-up; a run that breaks later costs rows, which
-are counted. W&B's service writes to disk about every 15 s (0.31), so a reporter that is killed loses that much; it
-comes back with a run of its own in the same W&B group.
+are counted; a reporter whose run broke starts anew after a while. W&B's service writes to disk about every 15 s (0.31),
+so a reporter that is killed loses that much; it comes back with a run of its own in the same W&B group.
 """
 
 import logging
 import netrc
 import os
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,6 +33,8 @@ AXES = {
     "draft_model_learning": "draft_model_step",
     "draft_model_versions": "draft_model_version",
 }
+_REOPEN_S = 60.0  # a reporter whose run broke lives that long at least: opening one takes seconds
+_BROKEN = 3  # rows in a row that a run does not take before it counts as broken
 _SECRET_FLAG = re.compile(r"--?[\w-]*(key|token|secret|password)", re.IGNORECASE)
 
 
@@ -49,20 +52,28 @@ class Reporter:
     def __init__(self, config: AuroraConfig, run: Run | None = None) -> None:
         """Opens a W&B run unless `run` is given. Raises UserError if W&B cannot be used as configured."""
         self.dropped = 0  # rows that W&B did not take
+        self._told = 0  # of them
+        self._in_a_row = 0  # of them, until now
         self._opened = run is None
+        self._began_s = time.monotonic()
         self._run = open_run(config) if run is None else run
         self._total = EngineReport()
         self._last_s: float | None = None
         for group, axis in AXES.items():
             self._run.define_metric(f"{group}/*", step_metric=axis)
 
-    def serving(self, report: Mapping[str, Any], time_s: float) -> None:
-        """Log an `EngineReport` in builtins (`msgspec.to_builtins`) that covers the time since the last one."""
+    def serving(self, report: Mapping[str, Any], time_s: float) -> int:
+        """Log an `EngineReport` in builtins (`msgspec.to_builtins`) that covers the time since the last one.
+
+        Returns the rows of all groups that were dropped since the last call.
+        """
         latest = msgspec.convert(report, EngineReport)
         self._total = merge(self._total, latest)
         elapsed_s = None if self._last_s is None else time_s - self._last_s
         self._last_s = time_s
         self._log("serving", time_s, serving_row(latest, self._total, elapsed_s))
+        news, self._told = self.dropped - self._told, self.dropped
+        return news
 
     def learning(self, metrics: Mapping[str, Any], step: int, draft_model: bool = False) -> None:
         """Log the numbers among `metrics` of one optimiser step; nested mappings become `outer/inner`."""
@@ -88,8 +99,13 @@ class Reporter:
     def _log(self, group: str, at: float, row: Mapping[str, Any]) -> None:
         try:
             self._run.log({AXES[group]: at, **{f"{group}/{name}": _loggable(value) for name, value in row.items()}})
+            self._in_a_row = 0
         except Exception as error:  # noqa: BLE001 - W&B documents no set of errors, and none of them may end the actor
             self._drop(error)
+            self._in_a_row += 1
+            if self._opened and self._in_a_row >= _BROKEN and time.monotonic() - self._began_s >= _REOPEN_S:
+                log.error("the W&B run is broken; the reporter starts anew with another")
+                os._exit(1)  # W&B keeps its broken connection for as long as the process lives; Ray starts another
 
     def _drop(self, error: Exception) -> None:
         self.dropped += 1

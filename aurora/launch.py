@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 from aurora.config import AuroraConfig, UserError
 from aurora.default_model import model_directory, resolve_model
 from aurora.environment import engine_environment
-from aurora.ray_access import require_token
+from aurora.ray_access import require_token, stay_on_loopback
 from aurora.standby import Standby
 
 log = logging.getLogger(__name__)
@@ -198,6 +198,8 @@ class _StopSignals:
 
 
 def _start_ray(config: AuroraConfig) -> None:
+    if config.cluster.address is None:
+        stay_on_loopback()
     import ray
 
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's default of 15 is nearly the trainer's 19

@@ -28,13 +28,17 @@ class LocalServer:
         command = [sys.executable, "-m", "aurora.cli", "serve", model, "--run-dir", str(run_dir), "--port", "0", *flags]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                command,
+                self.command(command),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "PYTHONUNBUFFERED": "1"},
                 start_new_session=True,  # a Ctrl-C in the terminal is for whoever started us; `stop` ends this one
             )
+
+    def command(self, arguments: list[str]) -> list[str]:
+        """What is run to start it; a place to put something before the command."""
+        return arguments
 
     def wait_ready(self, limit_s: float = 900.0) -> None:
         """Return once it answers. Raises RuntimeError with the end of its output if it does not within `limit_s`."""

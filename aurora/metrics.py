@@ -144,6 +144,7 @@ METRICS: dict[str, Metric] = {
     "aurora_trainer_alive": Metric("gauge", "1 while the trainer answers, else 0"),
     "aurora_training_share": Metric("gauge", "Share of wall time that the trainer computed, about the last minute's"),
     "aurora_alarm": Metric("gauge", "1 while something is wrong that does not right itself, else 0", ("kind",)),
+    "aurora_report_rows_dropped_total": Metric("counter", "Rows that W&B or a dead reporter did not take"),
     "aurora_requests_refused_total": Metric("counter", "Requests answered 503: too many are open, or a stop"),
     "aurora_drift": Metric("gauge", "1 while the live drafter is worse on the newest traffic than it was, else 0"),
 }

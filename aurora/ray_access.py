@@ -1,6 +1,6 @@
 """Who may use the Ray cluster: whoever reaches its ports can run code on it, so that they ask for a token.
 
-Ray listens on all addresses of a machine; `ray.init` turns 127.0.0.1 into the one that others reach.
+A cluster of this machine alone listens on 127.0.0.1 and nowhere else.
 """
 
 import logging
@@ -13,6 +13,7 @@ from aurora.config import UserError
 
 log = logging.getLogger(__name__)
 
+_ON_SEVERAL_MACHINES = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # what it is called; Ray reads it on Linux, too
 _MODE, _TOKEN, _TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"  # variables that Ray reads
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
@@ -30,6 +31,11 @@ def require_token(insecure: bool) -> None:
         )
     if not os.environ.get(_TOKEN):
         keep_private(Path(os.environ.get(_TOKEN_PATH) or "~/.ray/auth_token").expanduser())
+
+
+def stay_on_loopback() -> None:
+    """Let the cluster that this process starts listen on 127.0.0.1 only; call before `ray` is imported."""
+    os.environ[_ON_SEVERAL_MACHINES] = "0"
 
 
 def keep_private(file: Path) -> None:

@@ -8,6 +8,7 @@ marked `REJECTED` and is never the latest again.
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -16,6 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+log = logging.getLogger(__name__)
 
 READY = "READY"
 REJECTED = "REJECTED"
@@ -57,13 +60,14 @@ class DrafterStore:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._rejected: set[int] = set()  # by this process, whatever the disk took of it
         root.mkdir(parents=True, exist_ok=True)
 
     def publish(self, write: Callable[[Path], None], metadata: dict[str, Any]) -> DrafterVersion:
         """Let `write(directory)` fill a new version and make it visible.
 
         `metadata` must be JSON. Raises DrafterRefused if the files written are not plain JSON and safetensors; then, as
-        on any other exception, nothing becomes visible.
+        on any other exception (a full disk's OSError), nothing becomes visible.
         """
         staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=self.root))
         staging.chmod(0o755)  # mkdtemp's 0700 would keep a server of another user out
@@ -103,8 +107,17 @@ class DrafterStore:
         return self.root / f"v{number:06d}"
 
     def reject(self, number: int, reason: str) -> None:
-        """Take a version out of use for good. Any process may say so."""
-        (self._path(number) / REJECTED).write_text(reason)
+        """Take a version out of use for good. Any process may say so; a full disk keeps the mark, if not the reason.
+
+        One that takes no mark at all is logged as an error: other processes do not learn of it.
+        """
+        self._rejected.add(number)
+        mark = self._path(number) / REJECTED
+        try:
+            mark.touch()
+            mark.write_text(reason)
+        except OSError as error:
+            log.error("%s: not marked (%s); remove the version's directory", mark, error.strerror)
 
     def versions(self) -> list[int]:
         """Numbers of the READY versions, rejected ones included, ascending."""
@@ -113,7 +126,10 @@ class DrafterStore:
 
     def latest(self) -> int | None:
         """Number of the newest READY version that was not rejected, or None."""
-        return max((n for n in self.versions() if not (self._path(n) / REJECTED).exists()), default=None)
+        return max((n for n in self.versions() if not self._is_rejected(n)), default=None)
+
+    def _is_rejected(self, number: int) -> bool:
+        return number in self._rejected or (self._path(number) / REJECTED).exists()
 
     def read(self, number: int) -> DrafterVersion:
         """The record of a READY version; files are not read (see `verify`). Raises DrafterRefused."""

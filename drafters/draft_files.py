@@ -139,7 +139,7 @@ def _read_vocabulary(directory: Path, config: DraftModelConfig) -> Tensor:
 
 
 def ensure_draft_model(store: DrafterStore, target: TargetWeights, speculation: SpeculationConfig) -> DrafterVersion:
-    """The newest version in `store`; an empty store first gets the one made of the target's layers.
+    """The newest sound version in `store`; an empty store first gets the one made of the target's layers.
 
     Processes that start together may all call it. Raises DrafterRefused when what is there does not belong to the
     target, ValueError for a target that is too small.
@@ -150,6 +150,9 @@ def ensure_draft_model(store: DrafterStore, target: TargetWeights, speculation: 
         metadata = {"parent": None, "origin": "layers of the target", "trainer_step": 0, "tokens_trained": 0}
         return store.publish(lambda directory: save_draft_model(model, directory, target), metadata)
 
-    version = newest_or(store, publish_first)
-    _read_config(version.path, target)
-    return version
+    return newest_or(
+        store,
+        publish_first,
+        belongs=lambda directory: _read_config(directory, target),
+        sound=lambda directory: load_draft_model(directory, target),
+    )

@@ -71,6 +71,12 @@ def check_directory(directory: Path, target_dir: Path) -> Eagle3Config:
     return _check_config(directory, read_target_config(target_dir), str(target_dir), None)
 
 
+def check_tensors(directory: Path, target_dir: Path) -> None:
+    """Check a drafter's tensors against its config. Raises DrafterRefused as `load_drafter` does."""
+    path = directory / "model.safetensors"
+    _check_tensors(read_tensors(path), check_directory(directory, target_dir), path)
+
+
 def _check_config(directory: Path, target: dict[str, Any], target_name: str, fingerprint: str | None) -> Eagle3Config:
     path = directory / "config.json"
     try:

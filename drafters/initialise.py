@@ -6,19 +6,23 @@ the lower tapped states, starts as small noise drawn from `seed`.
 """
 
 import fcntl
+import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from aurora.config import SpeculationConfig
-from aurora.store import DrafterStore, DrafterVersion
+from aurora.store import DrafterRefused, DrafterStore, DrafterVersion
 from drafters.config import Eagle3Config
 from drafters.eagle3 import Eagle3
-from drafters.files import check_directory, load_drafter, save_drafter
+from drafters.files import check_directory, check_tensors, load_drafter, save_drafter
 from drafters.target import TargetWeights
 from drafters.vocab import choose, to_mask, to_offsets
+
+log = logging.getLogger(__name__)
 
 _NOISE = 0.02  # standard deviation, as in the target family's own initialisation
 
@@ -58,24 +62,51 @@ def _beside_noise(weight: Tensor, columns: int, generator: torch.Generator) -> T
 
 
 def ensure_drafter(store: DrafterStore, target_dir: Path, speculation: SpeculationConfig, seed: int) -> DrafterVersion:
-    """The newest version in `store`; an empty store first gets the day-0 drafter, or `speculation.drafter` if given.
+    """The newest sound version in `store`; an empty one first gets the day-0 drafter or, if given, another's copy.
 
     Processes that start together may all call it: one of them fills the store. Raises DrafterRefused when what is there
     does not belong to the target, ValueError for a target without drafters.
     """
-    version = newest_or(store, lambda: _publish_first(store, target_dir, speculation, seed))
-    check_directory(version.path, target_dir)
-    return version
+    return newest_or(
+        store,
+        lambda: _publish_first(store, target_dir, speculation, seed),
+        belongs=lambda directory: check_directory(directory, target_dir),
+        sound=lambda directory: check_tensors(directory, target_dir),
+    )
 
 
-def newest_or(store: DrafterStore, publish_first: Callable[[], DrafterVersion]) -> DrafterVersion:
-    """The newest version, its files verified; one process calls `publish_first` when there is none."""
+def newest_or(
+    store: DrafterStore,
+    publish_first: Callable[[], DrafterVersion],
+    *,
+    belongs: Callable[[Path], object],
+    sound: Callable[[Path], object],
+) -> DrafterVersion:
+    """The newest version that is undamaged and `sound`; one process calls `publish_first` when there is none.
+
+    A version that is not is rejected: whoever starts after a fault comes back with the last good one. `belongs` may
+    raise DrafterRefused for files that are the user's mistake; that is passed on.
+    """
     with (store.root / ".first-version").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        newest = store.latest()
-        if newest is None:
-            return publish_first()
-    return store.verify(newest)
+        while (number := store.latest()) is not None:
+            if _passes(store, number, partial(store.verify, number)):
+                version = store.read(number)
+                belongs(version.path)
+                if _passes(store, number, partial(sound, version.path)):
+                    return version
+        return publish_first()
+
+
+def _passes(store: DrafterStore, number: int, check: Callable[[], object]) -> bool:
+    """Whether a version passes a check; one that does not is rejected."""
+    try:
+        check()
+    except DrafterRefused as error:
+        log.error("version %d is not used, but the one before it: %s", number, error)
+        store.reject(number, str(error))
+        return False
+    return True
 
 
 def _publish_first(store: DrafterStore, target_dir: Path, speculation: SpeculationConfig, seed: int) -> DrafterVersion:

@@ -37,6 +37,7 @@ from serve.load import Hear, LoadTeller, tell_forever
 log = logging.getLogger(__name__)
 
 _BACKLOG = 2048
+_HAND_ON_S = 20.0  # that the last traces may take at a stop
 
 
 class Server:
@@ -59,6 +60,8 @@ class Server:
         self._http: Any = None
         self._admission = Admission(0)
         self._ready = asyncio.Event()
+        self._ended = asyncio.Event()
+        self._collecting: asyncio.Task[None] | None = None
         self._url = ""
 
     async def run(self, port: int | None = None) -> None:
@@ -78,10 +81,19 @@ class Server:
         loops.append(asyncio.create_task(end_with_engine(engine, self.config.server.hang_s)))
         try:
             await self._http.serve(sockets=[sock])
+            await self._hand_on()
         finally:
             for loop in loops:
                 loop.cancel()
             engine.client.shutdown()
+
+    async def _hand_on(self) -> None:
+        """Let the trainer and the log have what was captured last."""
+        self._ended.set()
+        if self._collecting is not None:
+            done, _ = await asyncio.wait([self._collecting], timeout=_HAND_ON_S)
+            if not done:
+                log.warning("the last traces were not handed on within %g s", _HAND_ON_S)
 
     async def address(self) -> str:
         """The URL of the endpoint, once requests are answered."""
@@ -112,7 +124,7 @@ class Server:
         forwarder = TraceForwarder(ingest, exporter, trace_log)
         hear = _heard_by(self.trainer) if self.trainer is not None else None
         teller = LoadTeller(engine.drafter.number, hear, exporter)
-        report_to = teller.completed(_report_to(self.reporter)) if self.reporter is not None else None
+        report_to = teller.completed(_report_to(self.reporter, exporter)) if self.reporter is not None else None
         guard = VersionGuard(engine.drafter.number)
         observers = [exporter.update, guard.observe, teller.observe]
         if _explores(self.config):
@@ -129,8 +141,9 @@ class Server:
             loops.append(swap_forever(engine, store, exporter, second, kind="model"))
         if trace_log is not None:
             loops.append(expire_forever(trace_log))
-        loops.append(collect_forever(engine, self.config, forwarder, observers, report_to))
-        return [asyncio.create_task(_or_exit(loop)) for loop in loops]
+        collecting = collect_forever(engine, self.config, forwarder, observers, report_to, ended=self._ended)
+        self._collecting = asyncio.create_task(_or_exit(collecting))
+        return [self._collecting, *(asyncio.create_task(_or_exit(loop)) for loop in loops)]
 
 
 def _find(name: str | None) -> Any:
@@ -171,24 +184,32 @@ def _ingest_into(trainer: Any) -> Ingest:
 def _heard_by(trainer: Any) -> Hear:
     """Tells the Trainer actor how the server is."""
 
-    async def hear(busy: bool, drift: bool) -> float:
+    async def hear(busy: bool, drift: bool) -> tuple[float, str]:
         try:
-            share: float = await trainer.hear.remote(busy, drift)
+            share, unsaved = await trainer.hear.remote(busy, drift)
         except ray.exceptions.RayError as error:
             raise TrainerUnavailable(type(error).__name__) from error
-        return share
+        return share, unsaved
 
     return hear
 
 
-def _report_to(reporter: Any) -> Report:
+def _report_to(reporter: Any, exporter: PrometheusExporter) -> Report:
     """Hands counters to the Reporter actor and does not wait; a dead one loses them and nothing else."""
+    waiting: set[asyncio.Task[None]] = set()
 
-    def report(counters: dict[str, Any], time_s: float) -> None:
+    async def send(counters: dict[str, Any], time_s: float) -> None:
         try:
-            reporter.serving.remote(counters, time_s)
+            dropped = await reporter.serving.remote(counters, time_s)
         except ray.exceptions.RayError as error:
             log.debug("the reporter is gone: %s", error)
+            dropped = 1
+        exporter.inc("aurora_report_rows_dropped_total", {}, dropped)
+
+    def report(counters: dict[str, Any], time_s: float) -> None:
+        task = asyncio.create_task(send(counters, time_s))
+        waiting.add(task)
+        task.add_done_callback(waiting.discard)
 
     return report
 

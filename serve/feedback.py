@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -86,6 +87,10 @@ class TraceForwarder:
     def _lost(self, traces: int) -> None:
         self._exporter.inc("aurora_traces_dropped_total", {}, traces)
 
+    async def settled(self) -> None:
+        """Return when nothing is on its way any more."""
+        await asyncio.gather(*(task for task in (self._task, self._writing) if task is not None))
+
 
 async def collect_forever(
     engine: RunningEngine,
@@ -93,29 +98,51 @@ async def collect_forever(
     forwarder: TraceForwarder,
     observers: Sequence[Observer],
     report_to: Report | None,
+    *,
+    ended: asyncio.Event,
 ) -> None:
     """Every `capture.interval_s` take traces and counters from the engine and pass both on; seldom when it is idle.
 
-    vLLM's worker keeps a core busy for a second after each call: one that is called all the time never rests.
+    vLLM's worker keeps a core busy for a second after each call: one that is called all the time never rests. When
+    `ended` is set all that was captured is handed on, and waited for, before this returns.
     """
-    pending: EngineReport | None = None
+    pending = EngineReport()
     reported = collected = time.monotonic()
     busy = True
-    while True:
-        await asyncio.sleep(config.capture.interval_s)
+    while not await _happened(ended, config.capture.interval_s):
         was_busy, busy = busy, engine.client.output_processor.has_unfinished_requests()
         if not (busy or was_busy or time.monotonic() - collected >= _IDLE_INTERVAL_S):
             continue
         collected = time.monotonic()
-        ((payload, encoded),) = await engine.client.collective_rpc("aurora_drain")
-        report = msgspec.msgpack.decode(encoded, type=EngineReport)
-        forwarder.send(payload, report.traces)
-        for observe in observers:
-            observe(report)
-        pending = report if pending is None else merge(pending, report)
+        pending = merge(pending, await _collect(engine, forwarder, observers))
         if report_to is not None and time.monotonic() - reported >= config.reporter.interval_s:
             report_to(msgspec.to_builtins(pending), time.time())
-            pending, reported = None, time.monotonic()
+            pending, reported = EngineReport(), time.monotonic()
+    report = EngineReport(traces=1)
+    while report.traces:  # one call gives what fits into a payload
+        await forwarder.settled()
+        report = await _collect(engine, forwarder, observers)
+        pending = merge(pending, report)
+    await forwarder.settled()
+    if report_to is not None:
+        report_to(msgspec.to_builtins(pending), time.time())
+
+
+async def _collect(engine: RunningEngine, forwarder: TraceForwarder, observers: Sequence[Observer]) -> EngineReport:
+    """Take what the engine has and pass it on."""
+    ((payload, encoded),) = await engine.client.collective_rpc("aurora_drain")
+    report = msgspec.msgpack.decode(encoded, type=EngineReport)
+    forwarder.send(payload, report.traces)
+    for observe in observers:
+        observe(report)
+    return report
+
+
+async def _happened(event: asyncio.Event, limit_s: float) -> bool:
+    """Whether it was set, at the latest after `limit_s`."""
+    with suppress(TimeoutError):
+        await asyncio.wait_for(event.wait(), limit_s)
+    return event.is_set()
 
 
 async def expire_forever(trace_log: TraceLog, interval_s: float = 60.0) -> None:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from aurora.alarms import UNSAVED
 from aurora.drift import DriftDetector
 from aurora.metrics import EngineReport
 from serve.engine import RunningEngine
@@ -22,7 +23,8 @@ log = logging.getLogger(__name__)
 _HEARTBEAT_S = 5.0
 _ANSWER_TIMEOUT_S = 10.0
 
-Hear = Callable[[bool, bool], Awaitable[float]]  # (busy, drift) -> share of time computed; raises TrainerUnavailable
+# (busy, drift) -> share of time computed, and why the disk did not take its last work; raises TrainerUnavailable
+Hear = Callable[[bool, bool], Awaitable[tuple[float, str]]]
 
 
 class LoadTeller:
@@ -44,6 +46,7 @@ class LoadTeller:
         self._told_s = 0.0
         self._task: asyncio.Task[None] | None = None
         self._training_share = 0.0
+        self._unsaved = ""
 
     def observe(self, report: EngineReport) -> None:
         """Look for drift in a report."""
@@ -65,13 +68,22 @@ class LoadTeller:
             self._told, self._told_s = load, now_s
             self._task = asyncio.create_task(self._send(self._hear(*load)))
 
-    async def _send(self, answer: Awaitable[float]) -> None:
+    async def _send(self, answer: Awaitable[tuple[float, str]]) -> None:
         try:
-            self._training_share = await asyncio.wait_for(answer, _ANSWER_TIMEOUT_S)
+            self._training_share, unsaved = await asyncio.wait_for(answer, _ANSWER_TIMEOUT_S)
+            self._alarm(unsaved)
         except (TrainerUnavailable, TimeoutError) as error:
             self._training_share, self._told = 0.0, None  # whoever takes its place has heard nothing
             log.debug("the trainer does not hear (%s)", error or "timeout")
         self._exporter.set("aurora_training_share", self._training_share)
+
+    def _alarm(self, unsaved: str) -> None:
+        if unsaved and not self._unsaved:
+            log.error("alarm %s: %s; see docs/reliability.md", UNSAVED, unsaved)
+        elif self._unsaved and not unsaved:
+            log.warning("alarm %s is over", UNSAVED)
+        self._unsaved = unsaved
+        self._exporter.set("aurora_alarm", int(bool(unsaved)), kind=UNSAVED)
 
     def completed(self, report_to: Report) -> Report:
         """A `report_to` that adds to the engine's counters what is known here."""

@@ -7,17 +7,17 @@ copies the few plain parameters in place, so CUDA graphs and in-flight requests 
 back what was there.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-import xxhash
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from aurora.store import DrafterRefused, DrafterStore
+from drafters.checksum import checksum
 
 _STACKED = {".qkv_proj.": (".q_proj.", ".k_proj.", ".v_proj."), ".gate_up_proj.": (".gate_proj.", ".up_proj.")}
 
@@ -182,18 +182,15 @@ def _overwrite(parameter: nn.Parameter, value: Tensor) -> Callable[[], None]:
 
 
 def _checksum(model: nn.Module) -> str:
-    digest = xxhash.xxh3_128()
     with torch.inference_mode():
-        for name, module in model.named_modules():
-            if hasattr(module, "cpu_linear") and module.weight.numel() == 0:
-                probe = torch.linspace(-1, 1, int(module.input_size), dtype=module.weight.dtype).unsqueeze(0)
-                _update(digest, name, module.cpu_linear(probe, module.weight, None))
-        for name, parameter in model.named_parameters():
-            if parameter.numel():
-                _update(digest, name, parameter.data)
-    return digest.hexdigest()
+        return checksum(_weights(model))
 
 
-def _update(digest: "xxhash.xxh3_128", name: str, tensor: Tensor) -> None:
-    digest.update(name.encode())
-    digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).reshape(-1).numpy().data)
+def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, module in model.named_modules():
+        if hasattr(module, "cpu_linear") and module.weight.numel() == 0:
+            probe = torch.linspace(-1, 1, int(module.input_size), dtype=module.weight.dtype).unsqueeze(0)
+            yield name, module.cpu_linear(probe, module.weight, None)
+    for name, parameter in model.named_parameters():
+        if parameter.numel():
+            yield name, parameter.data

@@ -1,5 +1,7 @@
 import json
 import logging
+import subprocess
+import sys
 
 import msgspec
 import pytest
@@ -118,6 +120,37 @@ def test_a_broken_run_costs_rows_and_one_warning(tmp_path, caplog):
     assert [r.message for r in caplog.records] == [
         "W&B does not take rows (BrokenPipeError: gone); they are dropped and counted"
     ]
+
+
+_LOSES_ITS_SERVICE = """
+import sys, msgspec, psutil
+from pathlib import Path
+from aurora import dashboard
+from aurora.config import AuroraConfig
+from aurora.metrics import EngineReport
+
+row = msgspec.to_builtins(EngineReport(steps=1))
+reporter = dashboard.Reporter(AuroraConfig(run_dir=Path(sys.argv[1])))
+assert reporter.serving(row, 1.0) == 0
+service = next(p for p in psutil.Process().children(recursive=True) if p.name() == "wandb-core")
+service.kill()
+service.wait(20)
+for time_s in range(2, 8):
+    print("dropped", reporter.serving(row, float(time_s)), flush=True)
+dashboard._REOPEN_S = 0.0
+reporter.learning({"loss": 1.0}, 1)
+print("it goes on", flush=True)
+"""
+
+
+def test_a_reporter_whose_service_died_ends_so_that_another_takes_its_place(tmp_path):
+    command = [sys.executable, "-c", _LOSES_ITS_SERVICE, str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    dropped = [int(line.split()[1]) for line in ended.stdout.splitlines()]
+    assert len(dropped) == 6, "a minute must pass first, and then it ends"
+    assert 4 <= sum(dropped) <= 6, "the first row may have found an open connection"
+    assert ended.returncode == 1
+    assert "the W&B run is broken; the reporter starts anew" in ended.stderr
 
 
 def test_rows_carry_their_axis_and_only_numbers(tmp_path):

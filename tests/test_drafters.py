@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from aurora.config import SpeculationConfig
-from aurora.store import DrafterRefused, DrafterStore
+from aurora.store import REJECTED, DrafterRefused, DrafterStore
 from drafters import Eagle3, Eagle3Config, TargetWeights, ensure_drafter, initialise, load_drafter, save_drafter
 from drafters.rotary import inverse_frequencies
 from tests.tiny import DRAFT_VOCAB, HIDDEN, VOCAB, write_target
@@ -201,3 +201,25 @@ def test_a_given_drafter_is_copied_and_a_strangers_refused(
     stranger = write_target(tmp_path_factory.mktemp("other"), seed=1, hidden_size=64, head_dim=16)
     with pytest.raises(DrafterRefused, match="hidden_size"):
         ensure_drafter(store, stranger, speculation, 0)
+
+
+def spoil(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+
+
+def test_whoever_starts_after_a_fault_comes_back_with_the_last_good_drafter(target_dir: Path, tmp_path: Path) -> None:
+    store, speculation = DrafterStore(tmp_path), SpeculationConfig(draft_vocab=DRAFT_VOCAB)
+    target = TargetWeights.load(target_dir)
+    good = load_drafter(ensure_drafter(store, target_dir, speculation, 0).path, target)
+    for _ in range(2):
+        store.publish(lambda directory: save_drafter(good, directory, 3, target), {})
+    with torch.no_grad():
+        good.lm_head.weight[0, 0] = float("nan")
+    store.publish(lambda directory: save_drafter(good, directory, 3, target), {})
+    spoil(tmp_path / "v000003" / "model.safetensors")
+    assert ensure_drafter(DrafterStore(tmp_path), target_dir, speculation, 0).number == 2
+    assert "not finite" in (tmp_path / "v000004" / REJECTED).read_text()
+    assert "SHA-256 differs" in (tmp_path / "v000003" / REJECTED).read_text()
+    for number in (1, 2):
+        spoil(tmp_path / f"v{number:06d}" / "config.json")
+    assert ensure_drafter(DrafterStore(tmp_path), target_dir, speculation, 0).number == 5, "day 0 again"

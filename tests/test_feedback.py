@@ -6,17 +6,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from prometheus_client import CollectorRegistry
 from safetensors.torch import save_file
 
+from aurora.config import AuroraConfig
 from aurora.guard import VersionGuard
 from aurora.metrics import EngineReport
 from aurora.store import DrafterStore
 from aurora.trace_log import TraceLog, log_files
 from serve.exporter import PrometheusExporter
-from serve.feedback import SwapFailed, TraceForwarder, TrainerUnavailable, swap, swap_forever
+from serve.feedback import SwapFailed, TraceForwarder, TrainerUnavailable, collect_forever, swap, swap_forever
 
 
 class Engine:
@@ -224,3 +226,35 @@ async def test_a_disk_that_is_slow_or_full_costs_logged_traces_only(
     forwarder.send(b"c", 5)
     await forwarder._writing
     assert count(exporter, "aurora_traces_unlogged_total") == 9
+
+
+async def test_what_was_captured_last_is_handed_on_before_a_stop(exporter: PrometheusExporter, tmp_path: Path) -> None:
+    payloads, taken, told, seen = [b"a", b"b", b"c", b"d"], [], [], []
+
+    def drain() -> tuple[bytes, bytes]:
+        payload = payloads.pop(0) if payloads else b""
+        return payload, msgspec.msgpack.encode(EngineReport(traces=len(payload), steps=1))
+
+    async def ingest(payload: bytes) -> None:
+        await asyncio.sleep(0.01)  # slower than they are collected
+        taken.append(payload)
+
+    engine, ended = Engine(aurora_drain=drain), asyncio.Event()
+    engine.output_processor = SimpleNamespace(has_unfinished_requests=lambda: True)
+    config = AuroraConfig(capture={"interval_s": 0.001}, reporter={"interval_s": 100})
+    log = TraceLog(tmp_path / "log", 1000, "m")
+    forwarder = TraceForwarder(ingest, exporter, log)
+    collecting = collect_forever(
+        engine, config, forwarder, [seen.append], lambda row, _: told.append(row["steps"]), ended=ended
+    )
+    task = asyncio.create_task(collecting)
+    await until(lambda: len(payloads) < 4)
+    ended.set()
+    await asyncio.wait_for(task, 20)
+    lost = count(exporter, "aurora_traces_dropped_total")
+    assert len(taken) + lost == 4
+    assert taken[-1] == b"d"
+    assert told == [len(seen)], "the last report, too"
+    logged = [path.read_bytes() for path in log_files(tmp_path / "log")]
+    assert len(logged) + count(exporter, "aurora_traces_unlogged_total") == 4
+    assert logged[-1] == b"d"

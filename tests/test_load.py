@@ -21,13 +21,14 @@ class Trainer:
         self.answering = asyncio.Event()
         self.answering.set()
         self.alive = True
+        self.unsaved = ""
 
-    async def hear(self, busy: bool, drift: bool) -> float:
+    async def hear(self, busy: bool, drift: bool) -> tuple[float, str]:
         if not self.alive:
             raise TrainerUnavailable("ActorDiedError")
         self.heard.append((busy, drift))
         await self.answering.wait()
-        return 0.25
+        return 0.25, self.unsaved
 
 
 class Clock:
@@ -119,3 +120,20 @@ async def test_without_a_trainer_drift_is_shown_all_the_same(registry: Collector
     drafted(teller, right=5, reports=10)
     teller.tell(busy=True)
     assert registry.get_sample_value("aurora_drift") == 1
+
+
+async def test_work_that_the_disk_does_not_take_is_an_alarm(
+    registry: CollectorRegistry, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer, shown = Trainer(), []
+    teller = LoadTeller(1, trainer.hear, PrometheusExporter(registry), Clock())
+    with caplog.at_level(logging.WARNING):
+        for busy, trainer.unsaved in ((True, ""), (False, "No space left"), (True, "No space left"), (False, "")):
+            teller.tell(busy)
+            await settled(teller)
+            shown.append(registry.get_sample_value("aurora_alarm", {"kind": "training_unsaved"}))
+    assert shown == [0, 1, 1, 0]
+    assert [r.message.split(";")[0] for r in caplog.records] == [
+        "alarm training_unsaved: No space left",
+        "alarm training_unsaved is over",
+    ]

@@ -229,3 +229,20 @@ def test_pruning_never_takes_the_latest(store: DrafterStore) -> None:
     store.prune(1)
     assert store.versions() == [2, 4]
     assert store.latest() == 2
+
+
+def test_a_version_is_rejected_though_the_disk_is_full(
+    store: DrafterStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    for _ in range(3):
+        store.publish(writer(), {})
+    monkeypatch.setattr(Path, "write_text", full)
+    store.reject(3, "drafts nothing")
+    assert DrafterStore(store.root).latest() == 2, "the mark without its reason"
+    monkeypatch.setattr(Path, "touch", full)
+    store.reject(2, "drafts nothing")
+    assert store.latest() == 1
+    assert "v000002/REJECTED: not marked (No space left on device)" in caplog.text

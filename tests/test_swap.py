@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,36 +11,7 @@ from torch import Tensor, nn
 from aurora.store import DrafterRefused, DrafterStore
 from serve import swap
 from serve.swap import DrafterSwap
-
-HIDDEN, VOCAB, DRAFT = 8, 30, 12
-
-
-class Drafter(nn.Module):
-    """The parameter names of vLLM's EAGLE-3 drafter."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.config = SimpleNamespace(vocab_size=VOCAB)
-        self.model = nn.Module()
-        self.model.fc = nn.Linear(3 * HIDDEN, HIDDEN, bias=False)
-        self.model.embed_tokens = nn.Embedding(VOCAB, HIDDEN)
-        layer = nn.Module()
-        layer.qkv_proj = nn.Linear(HIDDEN, 3 * HIDDEN, bias=False)
-        self.model.layers = nn.ModuleList([layer])
-        self.lm_head = nn.Linear(HIDDEN, DRAFT, bias=False)
-        self.draft_id_to_target_id = nn.Parameter(torch.zeros(DRAFT, dtype=torch.int64), requires_grad=False)
-
-
-def weights(seed: int) -> dict[str, Tensor]:
-    """A checkpoint in the published format."""
-    g = torch.Generator().manual_seed(seed)
-    return {
-        "fc.weight": torch.randn(HIDDEN, 3 * HIDDEN, generator=g),
-        **{f"midlayer.{p}_proj.weight": torch.randn(HIDDEN, HIDDEN, generator=g) for p in "qkv"},
-        "lm_head.weight": torch.randn(DRAFT, HIDDEN, generator=g),
-        "d2t": torch.arange(DRAFT),
-        "t2d": torch.zeros(VOCAB, dtype=torch.bool),
-    }
+from tests.plain_drafter import DRAFT, HIDDEN, VOCAB, Drafter, plain_pair, weights
 
 
 @pytest.fixture
@@ -59,13 +29,7 @@ def publish(tmp_path: Path) -> Callable[[dict[str, Tensor]], int]:
 
 @pytest.fixture
 def live(tmp_path: Path) -> DrafterSwap:
-    torch.manual_seed(0)
-    target = nn.Module()
-    target.embed_tokens = nn.Embedding(VOCAB, HIDDEN)
-    target.lm_head = nn.Linear(HIDDEN, VOCAB, bias=False)
-    drafter = Drafter()
-    drafter.model.embed_tokens = target.embed_tokens  # shared, as vLLM does
-    return DrafterSwap(drafter, target, tmp_path, 0)
+    return DrafterSwap(*plain_pair(), tmp_path, 0)
 
 
 def state(live: DrafterSwap) -> dict[str, Tensor]:

@@ -1,14 +1,18 @@
 import copy
 import random
+import tempfile
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from aurora.config import RLConfig, TrainerConfig
 from drafters import Eagle3Config, TargetWeights, initialise
+from drafters.checksum import checksum
 from tests.tiny import DRAFT_VOCAB, HIDDEN, VOCAB, TinyServer, half_right, prompts, write_target
 from trainer.buffer import Replay
 from trainer.checkpoint import FILE, CheckpointRefused, load_checkpoint, save_checkpoint
@@ -240,3 +244,41 @@ def test_bfloat16_products_follow_float32(target: TargetWeights, replay: Replay)
     assert rounded.acceptance_length == pytest.approx(exact.acceptance_length, abs=0.15)
     assert all(p.dtype == torch.float32 for p in fast.model.parameters())
     assert any(not torch.equal(a, b) for a, b in zip(plain.model.parameters(), fast.model.parameters(), strict=True))
+
+
+def state_of(learner: Learner) -> str:
+    moments = ((f"{i}{n}", v) for i, s in enumerate(learner.optimizer.state.values()) for n, v in sorted(s.items()))
+    return checksum([*sorted(learner.model.state_dict().items()), *moments], f"{learner.steps} {learner.tokens}")
+
+
+@pytest.fixture(scope="module")
+def saved(target: TargetWeights, replay: Replay, tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, str]:
+    learner = new_learner(target)
+    learner.step(batch(replay, 0))
+    file = save_checkpoint(tmp_path_factory.mktemp("saved"), learner, replay.emitted_counts)
+    return file.read_bytes(), state_of(learner)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.data())
+def test_a_changed_checkpoint_is_refused_or_says_the_same(
+    saved: tuple[bytes, str], target: TargetWeights, data: st.DataObject
+) -> None:
+    whole, expected = saved
+    header = 8 + int.from_bytes(whole[:8], "little")
+    anywhere = st.integers(0, header - 1) | st.integers(0, len(whole) - 1)
+    changed = bytearray(whole[: data.draw(anywhere)] if data.draw(st.booleans()) else whole)
+    for place in data.draw(st.lists(anywhere, max_size=4)):
+        if place < len(changed):
+            changed[place] ^= data.draw(st.integers(1, 255))
+    learner = new_learner(target)
+    before = state_of(learner)
+    with tempfile.TemporaryDirectory() as directory:
+        (Path(directory) / FILE).write_bytes(changed)
+        try:
+            load_checkpoint(Path(directory), learner)
+        except CheckpointRefused:
+            assert bytes(changed) != whole
+            assert state_of(learner) == before
+        else:
+            assert state_of(learner) == expected

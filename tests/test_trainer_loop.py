@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from aurora.store import DrafterStore
 from aurora.trace import DraftTrace, encode_traces, pack_states
@@ -320,3 +321,31 @@ def test_status_is_plain(directory: Path, traffic: list, tmp_path: Path, clock: 
     assert status["gate"]["candidate"]["rows"] > 0
     assert status["tokens_per_s"] > 0
     assert status["share_of_peak"] > 0
+
+
+def test_a_full_disk_costs_versions_and_checkpoints_not_training(
+    directory: Path, traffic: list, tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    loop = make(directory, tmp_path, clock, publish_interval_s=10, checkpoint_interval_s=4)
+    loop.ingest(encode_traces(traffic))
+    with monkeypatch.context() as patch:
+        patch.setattr("trainer.checkpoint.save_file", full)
+        for clock.now in range(STEPS):
+            loop.work()
+        assert loop.status()["unsaved"] == "I/O error: No space left on device (os error 28)"
+        assert STEPS - 30 < loop.status()["step"] < STEPS - 15, "a try every four and ten seconds"
+        assert DrafterStore(loop.config.store_dir).versions() == [1]
+        assert list((tmp_path / "trainer").iterdir()) == []
+    with monkeypatch.context() as patch:
+        patch.setattr("drafters.files.save_file", full)
+        clock.now += 11
+        loop.work()
+        assert DrafterStore(loop.config.store_dir).versions() == [1]
+        assert (tmp_path / "trainer" / FILE).is_file()
+    for clock.now in range(100, 105):
+        loop.work()
+    assert (loop.version, loop.status()["unsaved"]) == (2, "")
+    assert make(directory, tmp_path, clock).version == 2

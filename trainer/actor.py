@@ -49,9 +49,12 @@ class Trainer:
         """Take the traces of one payload (`aurora.trace.encode_traces`); returns their number."""
         return self._loop.ingest(payload)
 
-    def hear(self, busy: bool, drift: bool) -> float:
-        """The server says whether requests are open and traffic drifts; returns the share of time computed of late."""
-        return self._loop.hear(Load(busy, drift))
+    def hear(self, busy: bool, drift: bool) -> tuple[float, str]:
+        """The server says whether requests are open and traffic drifts.
+
+        Returns the share of time computed of late, and why the disk did not take what was written last ("": it did).
+        """
+        return self._loop.hear(Load(busy, drift)), self._loop.unsaved
 
     def status(self) -> dict[str, Any]:
         """Where training stands (`TrainerLoop.status`)."""

@@ -1,7 +1,8 @@
 """The trainer's own state on disk: one safetensors file, replaced as a whole, so that a reader never sees half of it.
 
-It holds the drafter, Adam's moments and step counts, the token counts that the draft vocabulary is chosen from, and the
-counters as JSON in the file's metadata. The replay is not kept: after a restart it fills up again from live traffic.
+It holds the drafter, Adam's moments and step counts, the token counts that the draft vocabulary is chosen from, and, in
+the file's metadata, the counters as JSON and a checksum of it all. The replay is not kept: after a restart it fills up
+again from live traffic.
 """
 
 import json
@@ -14,10 +15,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from drafters.checksum import checksum
 from drafters.target import TargetWeights
 
 FILE = "checkpoint.safetensors"
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+SAVE_ERRORS = (OSError, SafetensorError)  # of a disk that is full or gone
 
 
 class Learning(Protocol):
@@ -39,7 +42,10 @@ class CheckpointRefused(ValueError):
 
 
 def save_checkpoint(directory: Path, learner: Learning, emitted_counts: Tensor) -> Path:
-    """Write the state of `learner` and the counts [V]; returns the file. The older one stays valid until then."""
+    """Write the state of `learner` and the counts [V]; returns the file. The older one stays valid until then.
+
+    Raises one of SAVE_ERRORS when the disk does not take it.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {f"model.{name}": tensor for name, tensor in learner.model.state_dict().items()}
     for name, parameter in learner.model.named_parameters():
@@ -47,11 +53,16 @@ def save_checkpoint(directory: Path, learner: Learning, emitted_counts: Tensor) 
             tensors[f"{moment}.{name}"] = value
     tensors["emitted_counts"] = emitted_counts
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    counters = {"steps": learner.steps, "tokens": learner.tokens, "target": learner.target.fingerprint}
+    counters = json.dumps({"steps": learner.steps, "tokens": learner.tokens, "target": learner.target.fingerprint})
+    metadata = {"trainer": counters, "checksum": checksum(sorted(own.items()), counters)}
     staging, final = directory / f".{FILE}", directory / FILE
-    save_file(own, staging, metadata={"trainer": json.dumps(counters)})
-    _flush(staging)
-    staging.replace(final)
+    try:
+        save_file(own, staging, metadata=metadata)
+        _flush(staging)
+        staging.replace(final)
+    except BaseException:
+        staging.unlink(missing_ok=True)  # a full disk has no room for half of one
+        raise
     _flush(directory)
     return final
 
@@ -66,8 +77,11 @@ def load_checkpoint(directory: Path, learner: Learning) -> Tensor | None:
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            counters = json.loads(file.metadata()["trainer"])
+            metadata = file.metadata()
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+        if checksum(sorted(tensors.items()), metadata["trainer"]) != metadata["checksum"]:
+            raise ValueError("its bytes are not those that were written")
+        counters = json.loads(metadata["trainer"])
         counts: Tensor = tensors.pop("emitted_counts")
         steps, tokens, fingerprint = int(counters["steps"]), int(counters["tokens"]), counters["target"]
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:

@@ -250,10 +250,11 @@ class DraftModelTraining:
 
     def checkpoint(self) -> None:
         """Write the training's state."""
+        self._saved_at = self._clock()
         with self._guard:
             counts = self._replay.emitted_counts.clone()
         save_checkpoint(self._checkpoints, self.learner, counts)
-        self._saved_at, self._saved_step = self._clock(), self.learner.steps
+        self._saved_step = self.learner.steps
 
     def status(self) -> dict[str, Any]:
         """Where training stands, as plain values."""

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from drafters import TargetWeights, ensure_drafter, load_drafter, save_drafter
 from drafters.vocab import rechoose
 from trainer.budget import Budget, Load
 from trainer.buffer import Replay
-from trainer.checkpoint import CheckpointRefused, load_checkpoint, save_checkpoint
+from trainer.checkpoint import SAVE_ERRORS, CheckpointRefused, load_checkpoint, save_checkpoint
 from trainer.draft_model import DraftModelTraining
 from trainer.flops import Speed, measure_peak, step_flops
 from trainer.gate import Verdict, judge
@@ -96,6 +97,7 @@ class TrainerLoop:
         self.gated_rates: list[float] = []  # conditional acceptance per position of the live version, as gated
         self.last_step: StepMetrics | None = None
         self.last_verdict: Verdict | None = None
+        self.unsaved = ""  # why the disk did not take what was written last
 
     @property
     def live_directory(self) -> Path:
@@ -134,7 +136,7 @@ class TrainerLoop:
             self._changed.notify_all()
 
     def run(self) -> None:
-        """Work until stopped, within the budget; leaves a checkpoint behind."""
+        """Work until stopped, within the budget; leaves a checkpoint behind. A disk that takes none costs just that."""
         while self._wait_for_work():
             with self._changed:
                 self._budget.begin(self._clock())
@@ -142,7 +144,14 @@ class TrainerLoop:
             with self._changed:
                 self._budget.end(self._clock())
             self._rest()
-        self.checkpoint()
+        self._write(self.checkpoint)
+
+    def _write(self, save: Callable[[], object]) -> None:
+        try:
+            save()
+        except SAVE_ERRORS as error:
+            self.unsaved = " ".join(str(error).split())
+            log.error("not saved, another try follows: %s", self.unsaved)
 
     def hear(self, load: Load) -> float:
         """The server says how it is; returns the share of wall time that was spent computing of late."""
@@ -178,7 +187,7 @@ class TrainerLoop:
         """One unit: publish or checkpoint if due, else one optimiser step; False when there is nothing to do."""
         if self._is_draft_models_turn:
             assert self.draft_model is not None
-            self.draft_model.work(self._earned)
+            self._write(partial(self.draft_model.work, self._earned))
             return True
         began = time.perf_counter()
         worked = self._work_on_neural()
@@ -187,9 +196,9 @@ class TrainerLoop:
 
     def _work_on_neural(self) -> bool:
         if self._due_publication:
-            self.publish()
+            self._write(self.publish)
         elif self._due_checkpoint:
-            self.checkpoint()
+            self._write(self.checkpoint)
         elif self._can_train:
             self.train()
         else:
@@ -272,7 +281,10 @@ class TrainerLoop:
         self.gated_rates = [float(rate) for rate in self._store.read(latest).metadata.get("gated_rates") or []]
 
     def publish(self) -> DrafterVersion | None:
-        """Gate the drafter and publish it if it passes; None when it does not or nothing was held out yet."""
+        """Gate the drafter and publish it if it passes; None when it does not or nothing was held out yet.
+
+        Raises one of `SAVE_ERRORS` when the disk does not take it; then nothing became visible.
+        """
         self._follow_rollback()
         self._gated_at, self._gated_step = self._clock(), self._learner.steps
         with self._changed:
@@ -314,13 +326,15 @@ class TrainerLoop:
         return published
 
     def checkpoint(self) -> None:
-        """Write the trainer's state."""
+        """Write the trainer's state. Raises one of `SAVE_ERRORS` when the disk does not take it."""
+        self._saved_at = self._clock()
         with self._changed:
             counts = self._replay.emitted_counts.clone()
         save_checkpoint(self._checkpoints, self._learner, counts)
+        self._saved_step = self._learner.steps
         if self.draft_model is not None:
             self.draft_model.checkpoint()
-        self._saved_at, self._saved_step = self._clock(), self._learner.steps
+        self.unsaved = ""
 
     def status(self) -> dict[str, Any]:
         """Where training stands, as plain values."""
@@ -341,6 +355,7 @@ class TrainerLoop:
             "gate": asdict(verdict) if verdict else None,
             "replay": stats,
             "draft_model": self.draft_model.status() if self.draft_model is not None else None,
+            "unsaved": self.unsaved,
             **shares,
             **loaded,
             **speed,

@@ -3,6 +3,7 @@
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from ipaddress import ip_address
 from pathlib import Path
 
 import httpx
@@ -35,6 +36,13 @@ def test_no_route_without_the_key(guarded: Guarded) -> None:
         expected = 200 if path in ("/health", "/ready", "/ping") else 401
         assert httpx.get(guarded.url + path).status_code == expected, path
     assert guarded.client().completions.create(model=guarded.model(), prompt="a", max_tokens=3).usage
+
+
+def test_other_machines_hear_the_api_and_nothing_else(guarded: Guarded) -> None:
+    listening = {c.laddr for p in guarded.processes() for c in p.net_connections("inet") if c.status == "LISTEN"}
+    assert len(listening) > 5, "Ray's processes and the engine"
+    heard = {a.port for a in listening if not ip_address(a.ip.removeprefix("::ffff:")).is_loopback}
+    assert heard == {int(guarded.url.rsplit(":", 1)[1])}
 
 
 def test_keys_and_text_are_in_no_log_and_no_process_list(guarded: Guarded) -> None:

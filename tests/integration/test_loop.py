@@ -119,9 +119,24 @@ def test_requests_of_every_kind_work_under_speculation(learning: ServedModel) ->
         {"vllm_xargs": {"domain": "sql"}},
         {"max_tokens": 1},
         {"max_tokens": 450},
+        {"structured_outputs": {"regex": "[a-c]{5,30}"}},
+        {
+            "presence_penalty": 0.5,
+            "frequency_penalty": 0.5,
+            "repetition_penalty": 1.1,
+            "logprobs": 2,
+            "structured_outputs": {"regex": "[a-c]{5,30}"},
+            "stop": ["cab"],
+            "seed": 3,
+            "temperature": 0.8,
+        },
     ]
     for fields in variants:
         assert learning.complete("some text", **fields)["choices"]
+    for fields in ({"min_p": 0.1}, {"logit_bias": {"7": 5}}):
+        with pytest.raises(urllib.error.HTTPError, match="400") as refused:
+            learning.complete("some text", **fields)
+        assert next(iter(fields)) in json.loads(refused.value.read())["error"]["message"]
 
 
 def test_requests_bound_their_drafts_and_wrong_bounds_are_refused(learning: ServedModel) -> None:
