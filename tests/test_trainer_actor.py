@@ -57,7 +57,9 @@ def test_it_learns_publishes_and_survives_its_own_death(
     config = tiny_config(tmp_path, publish_interval_s=0.2, checkpoint_interval_s=0.2, gate_margin=-1.0)
     actor = make_trainer_actor(config, directory)
     assert ray.get(actor.ingest.remote(encode_traces(traffic))) == len(traffic)
-    assert 0 <= ray.get(actor.hear.remote(True, False)) <= 1
+    share, unsaved = ray.get(actor.hear.remote(True, False))
+    assert 0 <= share <= 1
+    assert unsaved == ""
     before = wait_for(actor, lambda s: s["version"] >= 2 and s["step"] >= 10)
     assert before["allowed_share"] == config.trainer.duty
     assert before["computed_loaded_s"] <= before["loaded_s"]
@@ -78,7 +80,11 @@ def test_it_learns_publishes_and_survives_its_own_death(
 def test_training_that_fails_ends_the_process_and_a_dead_reporter_does_not(
     cluster: None, directory: Path, traffic: list[DraftTrace], tmp_path: Path
 ) -> None:
-    from trainer.actor import make_trainer_actor
+    from trainer.actor import Trainer
+
+    class Breakable(Trainer):
+        def break_it(self) -> None:
+            self._loop._learner.optimizer = None
 
     @ray.remote(num_cpus=0)
     class Reporter:
@@ -88,7 +94,7 @@ def test_training_that_fails_ends_the_process_and_a_dead_reporter_does_not(
 
     reporter = Reporter.options(name="reporter").remote()
     config = tiny_config(tmp_path, checkpoint_interval_s=0.1, publish_interval_s=1000.0)
-    actor = make_trainer_actor(config, directory, reporter="reporter")
+    actor = ray.remote(Breakable).options(max_restarts=-1, max_concurrency=8).remote(config, str(directory), "reporter")
     ray.get(actor.ingest.remote(encode_traces(traffic)))
     wait_for(actor, lambda s: s["step"] >= 3)
     ray.kill(reporter)
@@ -97,6 +103,12 @@ def test_training_that_fails_ends_the_process_and_a_dead_reporter_does_not(
     assert later["pid"] == before["pid"], "the reporter's death is nothing to the trainer"
     blocked = tmp_path / "trainer" / ".checkpoint.safetensors"
     blocked.unlink(missing_ok=True)
-    blocked.mkdir()  # the next checkpoint cannot be written
+    blocked.mkdir()  # no checkpoint can be written
+    unsaved = wait_for(actor, lambda s: s["unsaved"])
+    later = wait_for(actor, lambda s: s["step"] > unsaved["step"] + 3)
+    assert later["pid"] == before["pid"], "nor is the disk"
+    blocked.rmdir()
+    wait_for(actor, lambda s: not s["unsaved"])
+    actor.break_it.remote()
     wait_for(actor, lambda s: s["pid"] != before["pid"])
     ray.kill(actor)
