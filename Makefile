@@ -29,7 +29,7 @@ test: install
 	$(BIN)/python -m pytest $(ARGS)
 
 faults: install
-	$(BIN)/python -m pytest tests/faults $(ARGS)
+	$(BIN)/python -m pytest tests/faults -o junit_family=xunit1 --junitxml=faults.xml $(ARGS)
 
 soak: install
 	$(BIN)/python -m tests.faults.soak $(ARGS)

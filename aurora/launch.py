@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import sys
+import time
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -135,8 +136,25 @@ def _supervise(deployment: Deployment) -> int:
             if deployment.config.cluster.address is None:
                 standby.close()
                 standby = Standby(url)
-            if stopping.wait(_RESTART_PAUSE_S):  # a server that dies at once must not be restarted in a tight loop
+            if not _restarted(deployment, stopping):
                 return 0
+
+
+def _restarted(deployment: Deployment, stopping: "_StopSignals") -> bool:
+    """Wait until Ray has started the server's process anew, which takes its time on a busy machine; False after a stop.
+
+    Raises UserError when it does not.
+    """
+    import ray
+
+    end_s = time.monotonic() + deployment.config.server.start_timeout_s
+    while not stopping.wait(_RESTART_PAUSE_S):  # a server that dies at once must not be restarted in a tight loop
+        with suppress(ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+            ray.get(deployment.server.pid.remote(), timeout=_RESTART_PAUSE_S)
+            return True
+        if time.monotonic() > end_s:
+            raise UserError(f"Ray did not start the server's process again; see {_ray_logs()}")
+    return False
 
 
 def _announce(deployment: Deployment, running: Any, stopping: "_StopSignals") -> str:

@@ -170,6 +170,14 @@ def test_rows_carry_their_axis_and_only_numbers(tmp_path):
     ]
 
 
+def test_a_clock_that_jumps_back_costs_one_rate(tmp_path):
+    run = FakeRun()
+    reporter = Reporter(config(tmp_path), run)
+    for time_s in (100.0, 104.0, 50.0, 54.0):
+        reporter.serving(BUILTINS, time_s)
+    assert [row.get("serving/tokens_per_s") for row in run.rows] == [None, 5.0, None, 5.0]
+
+
 def test_unknown_numbers_are_left_out_of_a_row():
     row = serving_row(EngineReport(drafter_version=2), EngineReport(traces_dropped=3), None)
     assert row == {

@@ -103,3 +103,16 @@ def test_purge_removes_all_or_the_old(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["traces", "purge", str(tmp_path)]) == 2
     assert "no log of traces (`capture.log_dir`); give one" in capsys.readouterr().err
     assert main(["traces", "purge", str(log.directory), "--older-than-days", "-1"]) == 2
+
+
+def test_a_clock_that_jumps_back_keeps_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = TraceLog(tmp_path, 100, "m", limit_s=3600)
+    log.write(b"a")
+    now_s = time.time()
+    monkeypatch.setattr("aurora.trace_log.time.time", lambda: now_s - 1e8)
+    log.expire()
+    log.write(b"b")
+    assert contents(tmp_path) == [b"a", b"b"]
+    monkeypatch.setattr("aurora.trace_log.time.time", lambda: now_s + 3700)
+    log.expire()
+    assert contents(tmp_path) == []

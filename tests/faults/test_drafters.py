@@ -15,7 +15,7 @@ from tests.integration.conftest import LEARNING, SMALL
 from tests.integration.process import START_LIMIT_S, ServedModel, random_prompts
 from tests.waiting import wait_until
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200)]
 
 DRAFTING = (*SMALL, "--no-learning", "--drafters=eagle3", "--draft-vocab=256", "--fixed-k=2", "--wandb=disabled")
 
@@ -70,7 +70,7 @@ def test_a_drafter_of_zeros_raises_the_alarm_until_another_takes_its_place(tiny_
 
 
 def test_worse_drafters_are_taken_back(
-    tiny_model: Path, tmp_path: Path, record_property: pytest.RecordProperty
+    tiny_model: Path, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     run_dir = tmp_path / "run"
     teacher = ServedModel(tiny_model, run_dir, *LEARNING)

@@ -3,7 +3,7 @@
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ def judge(answer: httpx.Response | schemathesis.Response, asked: str) -> int:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
 def test_requests_made_from_the_schema_are_answered_or_refused(
-    guarded: Guarded, mode: GenerationMode, record_property: pytest.RecordProperty
+    guarded: Guarded, mode: GenerationMode, record_property: Callable[[str, object], None]
 ) -> None:
     schema = schemathesis.openapi.from_url(f"{guarded.url}/openapi.json", headers=_HEADERS)
     statuses: Counter[int] = Counter()
@@ -140,7 +140,7 @@ def bodies(model: str) -> list[bytes]:
 
 @pytest.mark.timeout(1800)
 def test_hostile_requests_leave_memory_flat_and_others_served(
-    guarded: Guarded, record_property: pytest.RecordProperty
+    guarded: Guarded, record_property: Callable[[str, object], None]
 ) -> None:
     name, headers = guarded.model(), {**_HEADERS, "content-type": "application/json"}
     hostile = bodies(name)

@@ -16,7 +16,7 @@ from tests.integration.guarded import FLAGS, KEY, Guarded
 from tests.integration.process import START_LIMIT_S
 from tests.waiting import wait_until
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200)]
 
 
 @pytest.fixture(scope="module")

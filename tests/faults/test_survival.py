@@ -5,7 +5,8 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 
@@ -62,8 +63,9 @@ def healthy(server: ServedModel) -> bool:
     return True
 
 
+@pytest.mark.timeout(2400)
 def test_processes_killed_at_random_cost_what_was_in_them_and_nothing_else(
-    served: ServedModel, record_property: pytest.RecordProperty
+    served: ServedModel, record_property: Callable[[str, object], None]
 ) -> None:
     prompts = random_prompts(8)
     expected = served.answers(prompts)
@@ -100,6 +102,7 @@ def test_processes_killed_at_random_cost_what_was_in_them_and_nothing_else(
     wait_until(lambda: named(served, BESIDE["reporter"]) is not None, 60, "the reporter is back")
 
 
+@pytest.mark.timeout(1200)
 def test_a_driver_that_is_killed_leaves_nothing_running_and_all_it_learned(tiny_model: Path, tmp_path: Path) -> None:
     prompts, run_dir = random_prompts(8), tmp_path / "run"
     first = ServedModel(tiny_model, run_dir, *FLAGS)
@@ -129,10 +132,10 @@ def test_a_driver_that_is_killed_leaves_nothing_running_and_all_it_learned(tiny_
 
 
 class SmallDisk(ServedModel):
-    """A server whose run directory is a disk of its own, of 48 MiB."""
+    """A server whose run directory is a disk of its own, of 96 MiB."""
 
     def command(self, arguments: list[str]) -> list[str]:
-        mount = 'mount -t tmpfs -o size=48m none "$0" && exec "$@"'
+        mount = 'mount -t tmpfs -o size=96m none "$0" && exec "$@"'
         return ["unshare", "--map-root-user", "--mount", "sh", "-c", mount, str(self.run_dir), *arguments]
 
     @property
@@ -147,20 +150,17 @@ def may_mount() -> bool:
 
 
 @pytest.mark.skipif(not may_mount(), reason="this machine lets no user mount a disk in a namespace of their own")
+@pytest.mark.timeout(1200)
 def test_a_full_disk_costs_what_cannot_be_written_and_says_so(tiny_model: Path, tmp_path: Path) -> None:
     log = tmp_path / "run" / "traces"
-    server = SmallDisk(tiny_model, tmp_path / "run", *FLAGS, f"--set=capture.log_dir={log}")
+    server = SmallDisk(tiny_model, tmp_path / "run", *FLAGS, f"--set=capture.log_dir={log}", "--set=capture.log_mib=8")
     try:
         server.wait_ready(START_LIMIT_S)
         server.serve_until_version(2)
         filler = server.disk / "filler"
-        with filler.open("wb") as file:
-            try:
-                while True:
-                    file.write(b"x" * 4096)
-                    file.flush()
-            except OSError:
-                pass
+        with suppress(OSError), filler.open("wb", buffering=0) as file:
+            while True:
+                file.write(b"x" * 4096)
         with Traffic(server.url, mixed(server.model_name())) as traffic:
             wait_until(
                 lambda: 'aurora_alarm{kind="training_unsaved"} 1.0' in server.get("/metrics"),
