@@ -73,6 +73,7 @@ class Server:
         sock = bind(server.host, port or server.port, shared=port is not None)  # the launcher may stand in for us there
         engine = start_engine(self.config, self.model_dir)
         self._admission = Admission(_places(engine, self.config))
+        self._admission.engine_died = lambda: engine.client.errored
         loops = await self._start_loops(engine)
         self._http = await serve_http(engine, self.config, sock, self._keys, self._admission)
         self._url = url_of(sock, engine.args)

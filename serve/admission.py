@@ -33,6 +33,7 @@ class Admission:
         self.places = places
         self._clock = clock
         self.on_refused: Callable[[], None] = lambda: None
+        self.engine_died: Callable[[], bool] = lambda: False
         self.draining = False
         self.cut_off = False  # open requests are no longer waited for
         self._ends: dict[asyncio.Timeout, float] = {}  # of the open requests -> when they began
@@ -46,7 +47,7 @@ class Admission:
 
     @property
     def admits(self) -> bool:
-        return not self.draining and self.open < self.places
+        return not self.draining and self.open < self.places and not self.engine_died()
 
     @property
     def retry_after_s(self) -> int:
@@ -106,11 +107,12 @@ class AdmissionMiddleware:
     async def _refuse(self, send: "Send") -> None:
         admission = self._admission
         admission.on_refused()
-        why = (
-            "this server is shutting down"
-            if admission.draining
-            else f"{admission.open} requests are open, as many as are taken (limits.waiting)"
-        )
+        if admission.draining:
+            why = "this server is shutting down"
+        elif admission.engine_died():
+            why = "the server restarts"
+        else:
+            why = f"{admission.open} requests are open, as many as are taken (limits.waiting)"
         retry = admission.retry_after_s
         headers = [(b"retry-after", str(retry).encode())]
         if admission.draining:

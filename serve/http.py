@@ -3,12 +3,14 @@
 import socket
 from argparse import Namespace
 from collections.abc import Sequence
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 from aurora.config import AuroraConfig, UserError
 from serve import request_options
 from serve.access import AccessMiddleware, open_paths
 from serve.admission import Admission, AdmissionMiddleware
+from serve.asgi import error_body
 from serve.engine import RunningEngine
 
 if TYPE_CHECKING:
@@ -83,6 +85,7 @@ def guard(app: "FastAPI", config: AuroraConfig, keys: Sequence[str], admission: 
 
     From the outside in: who may ask, how much is taken on, vLLM's own middlewares, what a request asks of speculation.
     """
+    from starlette.exceptions import HTTPException
     from starlette.middleware import Middleware
 
     async def ready(_request: "Request") -> "Response":
@@ -91,11 +94,22 @@ def guard(app: "FastAPI", config: AuroraConfig, keys: Sequence[str], admission: 
         return Response(status_code=503 if admission.draining else 200)
 
     app.add_route("/ready", ready, methods=["GET"])
+    app.add_exception_handler(HTTPException, _in_openai_form)
     request_options.install(app)
     app.user_middleware.insert(0, Middleware(AdmissionMiddleware, admission=admission, limits=config.limits))
     if keys:
         paths = open_paths(config.server)
         app.user_middleware.insert(0, Middleware(AccessMiddleware, keys=keys, open_paths=paths))
+
+
+async def _in_openai_form(_request: "Request", error: Exception) -> "Response":
+    """What the framework refuses by itself: unknown routes, wrong methods, bodies that its parser gives up on."""
+    from starlette.exceptions import HTTPException
+    from starlette.responses import Response
+
+    assert isinstance(error, HTTPException)
+    body = error_body(HTTPStatus(error.status_code), error.detail)
+    return Response(body, error.status_code, error.headers, media_type="application/json")
 
 
 def _tls(args: Namespace) -> dict[str, Any]:

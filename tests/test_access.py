@@ -67,6 +67,22 @@ def test_developer_routes_are_absent(client: TestClient) -> None:
             assert client.request(method, path, headers={"authorization": f"Bearer {KEYS[0]}"}).status_code == 404
 
 
+def test_what_the_framework_refuses_is_said_as_openai_says_it(client: TestClient) -> None:
+    key = {"authorization": f"Bearer {KEYS[0]}", "content-type": "application/json"}
+    deep = b"[" * 50_000 + b"]" * 50_000
+    for method, path, body, status in (
+        ("GET", "/nothing", b"", 404),
+        ("GET", "/v1/completions", b"", 405),
+        ("POST", "/v1/completions", b"{", 400),
+        ("POST", "/v1/completions", deep, 400),
+    ):
+        answer = client.request(method, path, content=body, headers=key)
+        assert answer.status_code == status
+        assert answer.json()["error"]["code"] == status, path
+        assert answer.json()["error"]["message"]
+    assert client.get("/v1/completions", headers=key).headers["allow"] == "POST"
+
+
 @pytest.mark.parametrize("key", KEYS)
 def test_any_of_the_keys_opens(client: TestClient, key: str) -> None:
     for headers in ({"authorization": f"Bearer {key}"}, {"authorization": f"bearer {key}"}, {"x-api-key": key}):

@@ -96,6 +96,15 @@ def test_headers_that_are_too_large_are_refused(busy: Busy) -> None:
         assert "more than 4 KiB (limits.header_kib)" in answer.json()["error"]["message"]
 
 
+def test_nobody_is_let_in_to_an_engine_that_died(patient: Busy) -> None:
+    patient.go.set()
+    assert httpx.post(patient.url + "/wait").status_code == 200
+    patient.admission.engine_died = lambda: True
+    answer = httpx.post(patient.url + "/wait")
+    assert answer.status_code == 503
+    assert "the server restarts; ask again in" in answer.json()["error"]["message"]
+
+
 def test_one_too_many_is_asked_to_come_again(patient: Busy) -> None:
     with ThreadPoolExecutor(2) as pool:
         first = [pool.submit(httpx.post, patient.url + "/wait", timeout=60) for _ in range(2)]

@@ -27,7 +27,7 @@ from aurora.config import UserError
 from aurora.store import DrafterStore
 from tests.faults.test_drafters import changed
 from tests.faults.test_survival import BESIDE, FLAGS, SERVING, healthy, kill
-from tests.faults.traffic import BROKEN, Traffic, mixed
+from tests.faults.traffic import CUT_OFF, NOBODY, Traffic, mixed
 from tests.integration.process import START_LIMIT_S, ServedModel, random_prompts
 from tests.integration.tiny_model import write_model
 from tests.waiting import wait_until
@@ -159,15 +159,16 @@ def verdicts(soak: Soak, traffic: Traffic, same_text: bool) -> list[tuple[str, s
         store.verify(number)
     wait_until(lambda: soak.server.metric("vllm:num_requests_running") == 0, 60, "no request is open")
     blocks = soak.server.metric("vllm:kv_cache_usage_perc")
-    odd = {str(k): v for k, v in traffic.outcomes.items() if k not in (200, "left", 503, BROKEN, "error event")}
-    cut = traffic.outcomes[BROKEN] + traffic.outcomes["error event"]
+    odd = {str(k): v for k, v in traffic.outcomes.items() if k not in (200, "left", 503, NOBODY, *CUT_OFF)}
+    cut = sum(traffic.outcomes[how] for how in CUT_OFF)
     return [
         *rows,
         ("KV cache in use at the end", f"{blocks:.3f}", blocks == 0),
         ("requests answered", str(traffic.outcomes[200]), traffic.outcomes[200] > 0),
         ("clients that left in the middle", str(traffic.outcomes["left"]), True),
-        ("refused during restarts (503)", str(traffic.outcomes[503]), True),
-        ("cut off by a kill", str(cut), cut <= 2 * len(SERVING) * traffic.clients),
+        ("answered 503 during restarts", str(traffic.outcomes[503]), True),
+        ("found nobody, before the launcher stood in", str(traffic.outcomes[NOBODY]), True),
+        ("cut off by a kill", str(cut), cut <= len(SERVING) * traffic.clients),
         ("other failures", json.dumps(odd), not odd),
         ("versions published, kept and whole", f"{highest}, {len(versions)}", len(versions) <= highest),
         *(

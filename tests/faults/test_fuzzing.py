@@ -12,6 +12,7 @@ import httpx
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, Verbosity, given, settings
+from hypothesis.errors import Unsatisfiable
 from schemathesis import Case, GenerationMode
 
 from tests.integration.guarded import FLAGS, KEY, Guarded
@@ -21,7 +22,6 @@ pytestmark = pytest.mark.engine
 
 EXAMPLES = 40  # of each route and mode
 _HEADERS = {"authorization": f"Bearer {KEY}"}
-_OPEN = ("/health", "/ready", "/ping", "/metrics", "/load", "/version")
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def judge(answer: httpx.Response | schemathesis.Response, asked: str) -> int:
     """The status of an answer that no client could complain about."""
     status = answer.status_code
     assert status < 500 or status == 501, (asked, status, answer.content[:500])
-    if 400 <= status < 500 and answer.content and status not in (404, 405):
+    if 400 <= status < 500:
         error = json.loads(answer.content)["error"]
         assert error["message"], asked
         assert error["code"] == status, asked
@@ -56,8 +56,6 @@ def test_requests_made_from_the_schema_are_answered_or_refused(
     found: dict[str, str] = {}
     for result in schema.get_all_operations():
         operation = result.ok()
-        if operation.path in _OPEN and mode is GenerationMode.NEGATIVE:
-            continue  # they take nothing that could be wrong
 
         @settings(
             max_examples=EXAMPLES,
@@ -75,6 +73,8 @@ def test_requests_made_from_the_schema_are_answered_or_refused(
 
         try:
             send()
+        except Unsatisfiable:
+            continue  # it takes nothing that could be wrong
         except Exception as error:
             found[operation.label] = f"{type(error).__name__}: {error}"[:3000]
     record_property("statuses", json.dumps(statuses))

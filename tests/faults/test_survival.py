@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from aurora.store import DrafterStore
-from tests.faults.traffic import BROKEN, Traffic, mixed
+from tests.faults.traffic import CUT_OFF, NOBODY, Traffic, mixed
 from tests.integration.conftest import LEARNING
 from tests.integration.process import START_LIMIT_S, ServedModel, random_prompts
 from tests.waiting import wait_until
@@ -92,8 +92,8 @@ def test_processes_killed_at_random_cost_what_was_in_them_and_nothing_else(
         if fault in BESIDE:
             assert traffic.failed == 0, told[-1]
         else:
-            assert set(traffic.outcomes) <= {200, 503, BROKEN, "error event"}, told[-1]
-            assert traffic.outcomes[BROKEN] + traffic.outcomes["error event"] <= 2 * traffic.clients, told[-1]
+            assert set(traffic.outcomes) <= {200, 503, NOBODY, *CUT_OFF}, told[-1]
+            assert sum(traffic.outcomes[how] for how in CUT_OFF) <= traffic.clients, "those that were under way"
         assert store.latest() >= published, "no version was lost"
         assert served.answers(prompts) == expected, "the target's text, whatever drafts"
     record_property("faults", json.dumps(told))
@@ -179,7 +179,7 @@ def test_a_full_disk_costs_what_cannot_be_written_and_says_so(tiny_model: Path, 
             )
             wait_until(lambda: server.metric("aurora_drafter_version") > version, 180, "what is learned is published")
         assert traffic.failed == 0
-        assert traffic.outcomes[200] > 50
+        assert traffic.outcomes[200] > 3
         store = DrafterStore(server.disk / "drafters")
         for number in store.versions():
             store.verify(number)

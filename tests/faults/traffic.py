@@ -12,13 +12,16 @@ from typing import Any, Self
 import httpx
 
 BROKEN = "connection broke"  # where a process died in the middle of an answer
+NOBODY = "nobody listened"  # until the launcher stands in
+
+CUT_OFF = (500, BROKEN, "error event")  # how a request ends whose engine dies
 
 
 @dataclass
 class Traffic:
     """Some clients that ask one after the other: plain, streamed, sampled and structured requests, and some that leave.
 
-    ask(rng) gives the body of the next request. `outcomes` counts statuses, `BROKEN` ones and those that left by
+    ask(rng) gives the body of the next request. `outcomes` counts statuses, BROKEN, NOBODY and those that left by
     themselves.
     """
 
@@ -54,6 +57,8 @@ class Traffic:
                 began = time.monotonic()
                 try:
                     outcome = self._one(client, rng)
+                except httpx.ConnectError:
+                    outcome = NOBODY
                 except httpx.TransportError:
                     outcome = BROKEN
                 with self._lock:
