@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 _MAX_FAILED_STARTS = 3
 _RESTART_PAUSE_S = 2.0
 _CLOSE_TIMEOUT_S = 60.0
+_RAY_STARTS = 3
 _ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -233,7 +234,14 @@ def _start_ray(config: AuroraConfig) -> None:
             ) from error
         return
     cpus = max(os.cpu_count() or 1, 2)
-    ray.init(num_cpus=cpus, include_dashboard=False, runtime_env=environment, log_to_driver=False)
+    for tried in range(1, _RAY_STARTS + 1):
+        try:
+            ray.init(num_cpus=cpus, include_dashboard=False, runtime_env=environment, log_to_driver=False)
+            return
+        except Exception as error:  # noqa: BLE001 - what Ray raises where its processes are late: each has some seconds
+            ray.shutdown()
+            log.warning("Ray did not start (%s), try %d of %d", error, tried, _RAY_STARTS)
+    raise UserError("Ray did not start; see /tmp/ray/session_latest/logs, or end what keeps this machine busy")
 
 
 def _role(name: str) -> dict[str, float]:

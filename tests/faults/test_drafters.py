@@ -38,11 +38,11 @@ def zero(tensors: dict[str, Tensor]) -> None:
             tensor.zero_()
 
 
-def alarm(server: ServedModel) -> bool:
-    return 'aurora_alarm{kind="drafter_never_right"} 1.0' in server.get("/metrics")
+def alarm(server: ServedModel, kind: str) -> bool:
+    return f'aurora_alarm{{kind="{kind}"}} 1.0' in server.get("/metrics")
 
 
-def test_a_drafter_of_zeros_raises_the_alarm_until_another_takes_its_place(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_drafter_of_zeros_and_speculation_that_is_off_raise_alarms(tiny_model: Path, tmp_path: Path) -> None:
     first = ServedModel(tiny_model, tmp_path / "run", *DRAFTING)
     try:
         first.wait_ready(START_LIMIT_S)
@@ -58,13 +58,18 @@ def test_a_drafter_of_zeros_raises_the_alarm_until_another_takes_its_place(tiny_
         prompts = random_prompts(4)
         expected = server.answers(prompts)
         with Traffic(server.url, mixed(server.model_name())) as traffic:
-            wait_until(lambda: alarm(server), 180, "the alarm is raised")
+            wait_until(lambda: alarm(server, "drafter_never_right"), 180, "the alarm is raised")
             store = DrafterStore(tmp_path / "other" / "drafters")
             store.publish(changed(source, lambda tensors: None), {})
             wait_until(lambda: server.metric("aurora_drafter_version") == 2, 60, "the other one is live")
-            wait_until(lambda: not alarm(server), 60, "the alarm is over")
+            wait_until(lambda: not alarm(server, "drafter_never_right"), 60, "the alarm is over")
         assert traffic.failed == 0
         assert server.answers(prompts) == expected
+        for _ in range(6):
+            server.complete([5] * 8, max_tokens=450, max_speculation=0)
+        wait_until(lambda: alarm(server, "speculation_off"), 60, "nothing was drafted for 2,000 steps")
+        server.answers(prompts)
+        wait_until(lambda: not alarm(server, "speculation_off"), 60, "drafts are back")
     finally:
         server.stop()
 
