@@ -15,8 +15,7 @@ from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 from hypothesis.errors import Unsatisfiable
 from schemathesis import Case, GenerationMode
 
-from tests.integration.guarded import FLAGS, KEY, Guarded
-from tests.integration.process import START_LIMIT_S
+from tests.integration.guarded import KEY, Guarded, start_guarded
 
 pytestmark = pytest.mark.engine
 
@@ -26,11 +25,8 @@ _HEADERS = {"authorization": f"Bearer {KEY}"}
 
 @pytest.fixture(scope="module")
 def guarded(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
-    directory = tmp_path_factory.mktemp("fuzzing")
-    (directory / "keys").write_text(KEY)
-    files = (f"--api-key-file={directory / 'keys'}", "--set=limits.body_kib=256", "--set=limits.waiting=60")
-    server = Guarded(str(tiny_model), directory / "run", (*FLAGS, *files))
-    server.wait_ready(START_LIMIT_S)
+    limits = ("--set=limits.body_kib=256", "--set=limits.waiting=60")
+    server = start_guarded(tiny_model, tmp_path_factory.mktemp("fuzzing"), *limits)
     yield server
     assert server.stop() == 0
 

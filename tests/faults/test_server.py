@@ -12,7 +12,7 @@ import pytest
 import trustme
 
 from tests.integration.conftest import SMALL
-from tests.integration.guarded import FLAGS, KEY, Guarded
+from tests.integration.guarded import KEY, Guarded, start_guarded
 from tests.integration.process import START_LIMIT_S
 from tests.waiting import wait_until
 
@@ -21,11 +21,8 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200)]
 
 @pytest.fixture(scope="module")
 def guarded(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
-    directory = tmp_path_factory.mktemp("guarded")
-    (directory / "keys").write_text(KEY)
-    files = (f"--api-key-file={directory / 'keys'}", "--set=server.hang_s=8", "--set=limits.waiting=60")
-    server = Guarded(str(tiny_model), directory / "run", (*FLAGS, *files))
-    server.wait_ready(START_LIMIT_S)
+    settings = ("--set=server.hang_s=8", "--set=limits.waiting=60")
+    server = start_guarded(tiny_model, tmp_path_factory.mktemp("guarded"), *settings)
     yield server
     assert server.stop() == 0
 

@@ -7,6 +7,7 @@ import openai
 
 from aurora.local_server import LocalServer
 from tests.integration.conftest import SMALL
+from tests.integration.process import START_LIMIT_S
 
 KEY = "key-that-must-be-in-no-log"
 FLAGS = ("--no-learning", "--draft-vocab=256", "--set=reporter.interval_s=0.5", *SMALL, "--max-num-seqs=4")
@@ -30,3 +31,11 @@ class Guarded(LocalServer):
         words = [word for process in self.processes() for word in process.cmdline()]
         session = next(word.split("=", 1)[1] for word in words if word.startswith(("--session_dir=", "--session-dir=")))
         return list(Path(session).glob("logs/*"))
+
+
+def start_guarded(model: Path, directory: Path, *flags: str, keys: str = KEY) -> Guarded:
+    """One that answers; its key file and run directory lie in `directory`."""
+    (directory / "keys").write_text(keys)
+    server = Guarded(str(model), directory / "run", (*FLAGS, f"--api-key-file={directory / 'keys'}", *flags))
+    server.wait_ready(START_LIMIT_S)
+    return server

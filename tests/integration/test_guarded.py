@@ -9,8 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.integration.guarded import FLAGS, KEY, Guarded
-from tests.integration.process import START_LIMIT_S
+from tests.integration.guarded import KEY, Guarded, start_guarded
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.engine
@@ -18,12 +17,9 @@ pytestmark = pytest.mark.engine
 
 @pytest.fixture(scope="module")
 def guarded(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
-    directory = tmp_path_factory.mktemp("guarded")
-    (directory / "keys").write_text(f"another\n{KEY}\n")
     limits = ("--set=limits.waiting=2", "--set=limits.n=8", "--set=limits.body_kib=64")
-    files = (f"--api-key-file={directory / 'keys'}", "--host=0.0.0.0")
-    server = Guarded(str(tiny_model), directory / "run", (*FLAGS, *limits, *files))
-    server.wait_ready(START_LIMIT_S)
+    directory = tmp_path_factory.mktemp("guarded")
+    server = start_guarded(tiny_model, directory, *limits, "--host=0.0.0.0", keys=f"another\n{KEY}\n")
     server.url = server.url.replace("0.0.0.0", "127.0.0.1")
     yield server
     assert server.stop() == 0
