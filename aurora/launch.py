@@ -238,7 +238,9 @@ def _start_ray(config: AuroraConfig) -> None:
         try:
             ray.init(num_cpus=cpus, include_dashboard=False, runtime_env=environment, log_to_driver=False)
             return
-        except Exception as error:  # noqa: BLE001 - what Ray raises where its processes are late: each has some seconds
+        except Exception as error:
+            if type(error) is not Exception:  # Ray raises the bare class, and only that, where its processes are late
+                raise
             ray.shutdown()
             log.warning("Ray did not start (%s), try %d of %d", error, tried, _RAY_STARTS)
     raise UserError("Ray did not start; see /tmp/ray/session_latest/logs, or end what keeps this machine busy")

@@ -3,8 +3,10 @@ import signal
 from collections.abc import Iterator
 
 import pytest
+import ray
 
-from aurora.launch import _StopSignals
+from aurora.config import AuroraConfig, UserError
+from aurora.launch import _start_ray, _StopSignals
 
 
 @pytest.fixture
@@ -37,3 +39,26 @@ def test_what_is_not_served_yet_is_not_asked_to_stop(handlers: None) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
     assert signals.wait(600)
     assert asked == ["kill"]
+
+
+def test_a_ray_that_is_late_gets_another_try_and_other_errors_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_worker_niceness"):
+        monkeypatch.setenv(name, "")  # so that what is set below goes with it
+    failures: list[BaseException | None] = []
+
+    def init(**_: object) -> None:
+        failure = failures.pop(0)
+        if failure is not None:
+            raise failure
+
+    monkeypatch.setattr(ray, "init", init)
+    late = Exception("The current node timed out during startup.")
+    failures[:] = [late, late, None]
+    _start_ray(AuroraConfig())
+    assert failures == []
+    failures[:] = [late, late, late]
+    with pytest.raises(UserError, match="Ray did not start; see"):
+        _start_ray(AuroraConfig())
+    failures[:] = [ValueError("a setting")]
+    with pytest.raises(ValueError, match="a setting"):
+        _start_ray(AuroraConfig())
