@@ -19,6 +19,13 @@ _PROBATION = 1000  # drafts after which a version is trusted
 _MEMORY = 1000  # drafts of a version that are remembered
 
 
+def clearly_worse(old: Proportion, new: Proportion) -> bool:
+    """Whether a drafter with the first tokens `new` has to give way to one with `old`."""
+    missing = _KEEP * old.rate - new.rate
+    enough = min(old.trials, new.trials) >= _LEAST
+    return enough and missing >= _SIGMAS * math.sqrt(_KEEP**2 * old.variance + new.variance)
+
+
 @dataclass
 class VersionGuard:
     """Watches the version `live`; tell it of every report and of every swap.
@@ -48,10 +55,7 @@ class VersionGuard:
     def worse(self) -> str:
         """Why the live version should go, or "" while there is no reason."""
         old, new = self._seen.get(self._before or 0), self._seen.get(self.live)
-        if old is None or new is None or min(old.trials, new.trials) < _LEAST or new.trials > _PROBATION:
-            return ""
-        missing = _KEEP * old.rate - new.rate
-        if missing < _SIGMAS * math.sqrt(_KEEP**2 * old.variance + new.variance):
+        if old is None or new is None or new.trials > _PROBATION or not clearly_worse(old, new):
             return ""
         return (
             f"{new.rate:.2f} of the first tokens of its {new.trials:.0f} drafts were right, "
