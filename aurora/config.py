@@ -224,6 +224,13 @@ class ClusterConfig(_Branch):
     """The Ray cluster."""
 
     address: str | None = Field(None, description="'auto' or HOST:PORT joins a running cluster; default: a local one")
+    replicas: int = Field(1, ge=1, le=256, description="servers behind one endpoint, each with an engine of its own")
+    router: Literal["round_robin", "least_loaded", "earliest_finish"] = Field(
+        "earliest_finish", description="which replica answers a request"
+    )
+    canary_s: float = Field(
+        120, gt=0, description="longest time that one replica tries a new drafter version before the others take it"
+    )
 
 
 class AuroraConfig(_Branch):

@@ -13,6 +13,7 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -59,21 +60,32 @@ class Reporter:
         self._run = open_run(config) if run is None else run
         self._total = EngineReport()
         self._last_s: float | None = None
+        self._heard: dict[str, EngineReport] = {}  # by replica, since the last row
         for group, axis in AXES.items():
             self._run.define_metric(f"{group}/*", step_metric=axis)
 
-    def serving(self, report: Mapping[str, Any], time_s: float) -> int:
+    def serving(self, report: Mapping[str, Any], time_s: float, replica: str = "") -> int:
         """Log an `EngineReport` in builtins (`msgspec.to_builtins`) that covers the time since the last one.
 
-        Returns the rows of all groups that were dropped since the last call.
+        Of several replicas one row tells what all of them did: it is written when one speaks again. Returns the rows of
+        all groups that were dropped since the last call.
         """
         latest = msgspec.convert(report, EngineReport)
+        if replica and replica not in self._heard:
+            self._heard[replica] = latest
+        elif replica:
+            heard, self._heard = self._heard, {replica: latest}
+            self._log_serving(reduce(merge, heard.values()), time_s)
+        else:
+            self._log_serving(latest, time_s)
+        news, self._told = self.dropped - self._told, self.dropped
+        return news
+
+    def _log_serving(self, latest: EngineReport, time_s: float) -> None:
         self._total = merge(self._total, latest)
         elapsed_s = None if self._last_s is None else time_s - self._last_s
         self._last_s = time_s
         self._log("serving", time_s, serving_row(latest, self._total, elapsed_s))
-        news, self._told = self.dropped - self._told, self.dropped
-        return news
 
     def learning(self, metrics: Mapping[str, Any], step: int, draft_model: bool = False) -> None:
         """Log the numbers among `metrics` of one optimiser step; nested mappings become `outer/inner`."""
@@ -89,6 +101,8 @@ class Reporter:
 
     def finish(self) -> None:
         """Close the run and wait until its file is whole; call it last, it ends W&B in this process."""
+        if self._heard:
+            self._log_serving(reduce(merge, self._heard.values()), time.time())
         try:
             self._run.finish()
             if self._opened:

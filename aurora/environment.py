@@ -8,7 +8,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
@@ -33,16 +33,15 @@ class Finding:
     fatal: bool = False
 
 
-def engine_environment(threads: int | None = None) -> dict[str, str]:
+def engine_environment(cores: Sequence[int] | None = None) -> dict[str, str]:
     """The variables that the engine's processes start with; what the user has set already is left alone.
 
-    `threads` is the number of CPU threads of the engine, all that this process may use by default.
+    `cores` are those that the engine computes on, all that this process may use by default.
     """
     env = {"VLLM_NO_USAGE_STATS": "1", "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn"}  # a fork may copy held locks
     if has_gpu():
         return _unset(env | {"VLLM_USE_V2_MODEL_RUNNER": "0"})
-    cores = sorted(os.sched_getaffinity(0))[:threads]
-    env["VLLM_CPU_OMP_THREADS_BIND"] = _ranges(cores)
+    env["VLLM_CPU_OMP_THREADS_BIND"] = _ranges(sorted(os.sched_getaffinity(0)) if cores is None else cores)
     env["THP_MEM_ALLOC_ENABLE"] = "1"  # weights in huge pages, where the kernel leaves that to programs
     return _unset(env) | _preload()
 
@@ -109,7 +108,7 @@ def _unset(env: dict[str, str]) -> dict[str, str]:
     return {name: value for name, value in env.items() if not os.environ.get(name)}
 
 
-def _ranges(cores: list[int]) -> str:
+def _ranges(cores: Sequence[int]) -> str:
     """Core numbers as vLLM reads them: [0, 1, 2, 5] is "0-2,5"."""
     spans: list[list[int]] = []
     for core in cores:

@@ -58,6 +58,13 @@ OPTIONS = (
     Option("--publish-interval", "trainer.publish_interval_s", "time between candidate drafters", float, "S"),
     Option("--wandb", "reporter.mode", "W&B mode", choices=("offline", "online", "disabled")),
     Option("--wandb-project", "reporter.project", "W&B project", metavar="NAME"),
+    Option("--replicas", "cluster.replicas", "servers behind the endpoint, each with an engine of its own", int, "N"),
+    Option(
+        "--router",
+        "cluster.router",
+        "which replica answers a request",
+        choices=("round_robin", "least_loaded", "earliest_finish"),
+    ),
     Option("--address", "cluster.address", "Ray cluster to join: auto or HOST:PORT; default: a local one"),
 )
 

@@ -58,8 +58,10 @@ def _fsync(path: Path) -> None:
 class DrafterStore:
     """Versions of one drafter. One writer at a time; any number of readers in any process."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, at_most: int | None = None) -> None:
+        """at_most: for this reader nothing newer is the latest; None: anything may be."""
         self.root = root
+        self._at_most = at_most
         self._rejected: set[int] = set()  # by this process, whatever the disk took of it
         root.mkdir(parents=True, exist_ok=True)
 
@@ -124,9 +126,11 @@ class DrafterStore:
         found = (_VERSION_DIR.fullmatch(p.name) for p in self.root.iterdir())
         return sorted(int(m[1]) for m in found if m and (self.root / m[0] / READY).is_file())
 
-    def latest(self) -> int | None:
-        """Number of the newest READY version that was not rejected, or None."""
-        return max((n for n in self.versions() if not self._is_rejected(n)), default=None)
+    def latest(self, at_most: int | None = None) -> int | None:
+        """Number of the newest READY version that was not rejected, or None. at_most: of those up to this number."""
+        bounds = [bound for bound in (at_most, self._at_most) if bound is not None]
+        numbers = (n for n in self.versions() if all(n <= bound for bound in bounds))
+        return max((n for n in numbers if not self._is_rejected(n)), default=None)
 
     def _is_rejected(self, number: int) -> bool:
         return number in self._rejected or (self._path(number) / REJECTED).exists()

@@ -3,7 +3,8 @@
 import asyncio
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,12 @@ from aurora.store import DrafterStore
 from aurora.trace_log import TraceLog
 from serve.admission import Admission
 from serve.calibration import calibrate
+from serve.canary import Canary, RouterGone
 from serve.engine import RunningEngine, install_seams, start_engine
 from serve.exporter import PrometheusExporter
 from serve.feedback import (
     Ingest,
+    Observer,
     Report,
     TraceForwarder,
     TrainerUnavailable,
@@ -31,7 +34,8 @@ from serve.feedback import (
     swap_forever,
 )
 from serve.health import end_with_engine
-from serve.http import bind, serve_http, url_of
+from serve.http import serve_http
+from serve.listen import bind, split_tls, tls_of, url_of
 from serve.load import Hear, LoadTeller, tell_forever
 
 log = logging.getLogger(__name__)
@@ -40,23 +44,32 @@ _BACKLOG = 2048
 _HAND_ON_S = 20.0  # that the last traces may take at a stop
 
 
+@dataclass(frozen=True)
+class Peers:
+    """Names of the actors that a Server talks to, all of which may die; None for those that there are not."""
+
+    trainer: str | None = None
+    reporter: str | None = None
+    router: str | None = None
+    replica: str = ""  # its own name among several servers
+
+
 class Server:
     """Serves until told to stop. Restarted by Ray, it comes back with the newest verified drafter version.
 
-    keys: any of them lets a request in; none: all come in. `trainer` and `reporter` name actors, or are None; both may
-    die.
+    keys: any of them lets a request in; none: all come in. Behind a Router it listens where that one finds it.
     """
 
-    def __init__(
-        self, config: AuroraConfig, model_dir: Path, keys: Sequence[str], trainer: str | None, reporter: str | None
-    ) -> None:
+    def __init__(self, config: AuroraConfig, model_dir: Path, keys: Sequence[str], peers: Peers) -> None:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         logging.getLogger("serve").setLevel(logging.INFO)  # whatever the libraries do to the root logger
-        self.config = config
+        self.config = config if peers.router is None else _as_replica(config, peers.replica)
         self.model_dir = model_dir
         self._keys = keys
-        self.trainer = _find(trainer)
-        self.reporter = _find(reporter)
+        self._replica = peers.replica
+        self._canary = None if peers.router is None else Canary(_RouterHandle(peers.router), peers.replica)
+        self.trainer = _find(peers.trainer)
+        self.reporter = _find(peers.reporter)
         self._http: Any = None
         self._admission = Admission(0)
         self._ready = asyncio.Event()
@@ -71,12 +84,13 @@ class Server:
         """
         server = self.config.server
         sock = bind(server.host, port or server.port, shared=port is not None)  # the launcher may stand in for us there
-        engine = start_engine(self.config, self.model_dir)
+        newest = await self._canary.newest(self._stores()) if self._canary is not None else {}
+        engine = start_engine(self.config, self.model_dir, newest)
         self._admission = Admission(_places(engine, self.config))
         self._admission.engine_died = lambda: engine.client.errored
         loops = await self._start_loops(engine)
         self._http = await serve_http(engine, self.config, sock, self._keys, self._admission)
-        self._url = url_of(sock, engine.args)
+        self._url = url_of(sock, tls=bool(tls_of(engine.args)))
         sock.listen(_BACKLOG)  # from here on a connection waits instead of being refused
         self._ready.set()
         loops.append(asyncio.create_task(end_with_engine(engine, self.config.server.hang_s)))
@@ -101,6 +115,17 @@ class Server:
         await self._ready.wait()
         return self._url
 
+    async def places(self) -> int:
+        """Requests that may be open here at once."""
+        return self._admission.places
+
+    def _stores(self) -> dict[str, DrafterStore]:
+        """Where versions come from, by kind."""
+        stores = {"eagle3": DrafterStore(self.config.store_dir)}
+        if "model" in self.config.speculation.drafters:
+            stores["model"] = DrafterStore(self.config.draft_model_dir)
+        return stores
+
     async def stop(self) -> None:
         """Refuse new requests, let open ones finish for `server.drain_s`, and end `run`."""
         if self._http is not None:
@@ -123,28 +148,67 @@ class Server:
         ingest = _ingest_into(self.trainer) if self.trainer is not None else None
         trace_log = _trace_log(self.config)
         forwarder = TraceForwarder(ingest, exporter, trace_log)
-        hear = _heard_by(self.trainer) if self.trainer is not None else None
+        hear = _heard_by(self.trainer, self._replica) if self.trainer is not None else None
         teller = LoadTeller(engine.drafter.number, hear, exporter)
-        report_to = teller.completed(_report_to(self.reporter, exporter)) if self.reporter is not None else None
+        reporter = _report_to(self.reporter, exporter, self._replica) if self.reporter is not None else None
+        report_to = teller.completed(reporter) if reporter is not None else None
         guard = VersionGuard(engine.drafter.number)
-        observers = [exporter.update, guard.observe, teller.observe]
+        observers: list[Observer] = [exporter.update, guard.observe, teller.observe]
         if _explores(self.config):
             observers.append(partial(_sound, SpeculationAlarms(), exporter))
+        stores = self._stores()
+        permit = self._canary.permit if self._canary is not None else None
+        if self._canary is not None:
+            observers.append(self._canary.observer("eagle3", lambda: guard.live, sign=1))
         loops = [
-            swap_forever(engine, DrafterStore(self.config.store_dir), exporter, guard),
+            swap_forever(engine, stores["eagle3"], exporter, guard, permit=permit),
             tell_forever(engine, teller, self.config.capture.interval_s),
         ]
         if engine.draft_model is not None:
             second = VersionGuard(engine.draft_model.number, sign=-1)
             exporter.set("aurora_draft_model_version", second.live)
             observers.append(second.observe)
-            store = DrafterStore(self.config.draft_model_dir)
-            loops.append(swap_forever(engine, store, exporter, second, kind="model"))
+            if self._canary is not None:
+                observers.append(self._canary.observer("model", lambda: second.live, sign=-1))
+            loops.append(swap_forever(engine, stores["model"], exporter, second, kind="model", permit=permit))
         if trace_log is not None:
             loops.append(expire_forever(trace_log))
         collecting = collect_forever(engine, self.config, forwarder, observers, report_to, ended=self._ended)
         self._collecting = asyncio.create_task(_or_exit(collecting))
         return [self._collecting, *(asyncio.create_task(_or_exit(loop)) for loop in loops)]
+
+
+def _as_replica(config: AuroraConfig, replica: str) -> AuroraConfig:
+    """The configuration of one of several servers: it listens for the Router, and its files are its own."""
+    host = "127.0.0.1" if config.cluster.address is None else ray.util.get_node_ip_address()
+    server = config.server.model_copy(update={"host": host, "port": 0})
+    log_dir, step_log = config.capture.log_dir, config.speculation.step_log
+    capture = config.capture.model_copy(update={"log_dir": log_dir and log_dir / replica})
+    own = step_log and step_log.with_name(f"{step_log.stem}-{replica}{step_log.suffix}")
+    speculation = config.speculation.model_copy(update={"step_log": own})
+    _, flags = split_tls(config.vllm_args)
+    update = {"server": server, "capture": capture, "speculation": speculation, "vllm_args": flags}
+    return config.model_copy(update=update)
+
+
+class _RouterHandle:
+    """The Router actor of a name, found anew after it died."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    async def allowed(self, kind: str, replica: str, live: int, latest: int) -> tuple[int, str]:
+        newest, refused = await self._ask("allowed", kind, replica, live, latest)
+        return newest, refused
+
+    async def observe(self, kind: str, live: int, first_drafts: Mapping[int, tuple[int, int]]) -> None:
+        await self._ask("observe", kind, live, first_drafts)
+
+    async def _ask(self, method: str, *arguments: object) -> Any:
+        try:
+            return await getattr(ray.get_actor(self._name), method).remote(*arguments)
+        except (ValueError, ray.exceptions.RayError) as error:
+            raise RouterGone(str(error)) from error
 
 
 def _find(name: str | None) -> Any:
@@ -182,12 +246,12 @@ def _ingest_into(trainer: Any) -> Ingest:
     return ingest
 
 
-def _heard_by(trainer: Any) -> Hear:
+def _heard_by(trainer: Any, replica: str) -> Hear:
     """Tells the Trainer actor how the server is."""
 
     async def hear(busy: bool, drift: bool) -> tuple[float, str]:
         try:
-            share, unsaved = await trainer.hear.remote(busy, drift)
+            share, unsaved = await trainer.hear.remote(busy, drift, replica)
         except ray.exceptions.RayError as error:
             raise TrainerUnavailable(type(error).__name__) from error
         return share, unsaved
@@ -195,13 +259,13 @@ def _heard_by(trainer: Any) -> Hear:
     return hear
 
 
-def _report_to(reporter: Any, exporter: PrometheusExporter) -> Report:
+def _report_to(reporter: Any, exporter: PrometheusExporter, replica: str) -> Report:
     """Hands counters to the Reporter actor and does not wait; a dead one loses them and nothing else."""
     waiting: set[asyncio.Task[None]] = set()
 
     async def send(counters: dict[str, Any], time_s: float) -> None:
         try:
-            dropped = await reporter.serving.remote(counters, time_s)
+            dropped = await reporter.serving.remote(counters, time_s, replica)
         except ray.exceptions.RayError as error:
             log.debug("the reporter is gone: %s", error)
             dropped = 1
@@ -254,9 +318,8 @@ def make_server_actor(
     config: AuroraConfig,
     model_dir: Path,
     keys: Sequence[str],
+    peers: Peers,
     *,
-    trainer: str | None,
-    reporter: str | None,
     environment: dict[str, str],
     resources: dict[str, float],
 ) -> Any:
@@ -269,4 +332,4 @@ def make_server_actor(
         max_concurrency=64,
         runtime_env={"env_vars": environment},
     )
-    return actor.remote(config, model_dir, keys, trainer, reporter)
+    return actor.remote(config, model_dir, keys, peers)

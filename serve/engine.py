@@ -3,6 +3,7 @@
 import os
 import re
 from argparse import Namespace
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -49,14 +50,18 @@ def parse_vllm_args(model: str, flags: tuple[str, ...]) -> Namespace:
     return args
 
 
-def start_engine(config: AuroraConfig, model_dir: Path) -> RunningEngine:
-    """Start vLLM on a local model directory. Blocks for about a minute. Raises UserError for what a user can mend."""
+def start_engine(config: AuroraConfig, model_dir: Path, newest: Mapping[str, int] | None = None) -> RunningEngine:
+    """Start vLLM on a local model directory. Blocks for about a minute. Raises UserError for what a user can mend.
+
+    newest: by kind (`eagle3`, `model`), the newest version that may draft; without an entry any may.
+    """
+    newest = newest or {}
     os.environ[ENGINE_ENV] = str(os.getpid())
     args = parse_vllm_args(str(model_dir), config.vllm_args)
     args.served_model_name = args.served_model_name or [config.model]
     _set_defaults(args, config.vllm_args)
-    drafter = _first_drafter(config, model_dir) if config.speculation.enabled else None
-    draft_model = _first_draft_model(config, model_dir)
+    drafter = _first_drafter(config, model_dir, newest.get("eagle3")) if config.speculation.enabled else None
+    draft_model = _first_draft_model(config, model_dir, newest.get("model"))
     uncalibrated = False
     if drafter is not None:
         costs = costs_file(config, model_dir, drafter)
@@ -97,21 +102,22 @@ async def install_seams(engine: RunningEngine, config: AuroraConfig) -> None:
         raise RuntimeError("no worker installed Aurora's hooks: capture would be silently absent")
 
 
-def _first_drafter(config: AuroraConfig, model_dir: Path) -> DrafterVersion:
+def _first_drafter(config: AuroraConfig, model_dir: Path, newest: int | None) -> DrafterVersion:
     """The newest published drafter, or a new one. Raises UserError for one that this target cannot use."""
     try:
-        return ensure_drafter(DrafterStore(config.store_dir), model_dir, config.speculation, config.trainer.seed)
+        store = DrafterStore(config.store_dir, newest)
+        return ensure_drafter(store, model_dir, config.speculation, config.trainer.seed)
     except ValueError as error:
         raise UserError(str(error)) from error
 
 
-def _first_draft_model(config: AuroraConfig, model_dir: Path) -> DrafterVersion | None:
+def _first_draft_model(config: AuroraConfig, model_dir: Path, newest: int | None) -> DrafterVersion | None:
     """The same for the draft model; None where none is asked for."""
     if not config.speculation.enabled or "model" not in config.speculation.drafters:
         return None
     try:
         target = TargetWeights.load(model_dir)
-        return ensure_draft_model(DrafterStore(config.draft_model_dir), target, config.speculation)
+        return ensure_draft_model(DrafterStore(config.draft_model_dir, newest), target, config.speculation)
     except ValueError as error:
         raise UserError(str(error)) from error
 

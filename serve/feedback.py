@@ -31,6 +31,8 @@ class TrainerUnavailable(RuntimeError):
 
 Ingest = Callable[[bytes], Awaitable[None]]  # hands one payload to the trainer; raises TrainerUnavailable
 Observer = Callable[[EngineReport], None]
+# (kind, live version, newest version) -> the newest one that may draft, and why the live one has to go ("": it has not)
+Permit = Callable[[str, int, int], Awaitable[tuple[int, str]]]
 Report = Callable[[dict[str, Any], float], None]  # hands counters and a wall-clock time to the reporter; never raises
 
 
@@ -163,18 +165,25 @@ async def swap_forever(
     *,
     poll_s: float = 1.0,
     kind: str = "eagle3",
+    permit: Permit | None = None,
 ) -> None:
     """Keep the store's latest version in the engine; one that cannot be swapped in or turns out worse is rejected.
 
-    Rejecting a live version makes an older one the latest, which is the rollback. kind: `eagle3` or `model`.
+    Rejecting a live version makes an older one the latest, which is the rollback. kind: `eagle3` or `model`. permit:
+    who says how new it may be; None: nobody.
     """
     while True:
         await asyncio.sleep(poll_s)
-        if guard.worse:
+        newest = store.latest()
+        at_most, refused = newest, ""
+        if permit is not None and newest is not None:
+            at_most, refused = await permit(kind, guard.live, newest)
+        worse = guard.worse or refused
+        if worse:
             exporter.inc("aurora_rollbacks_total", {}, 1)
-            log.error("drafter version %d is rolled back: %s", guard.live, guard.worse)
-            store.reject(guard.live, guard.worse)
-        latest = store.latest()
+            log.error("drafter version %d is rolled back: %s", guard.live, worse)
+            store.reject(guard.live, worse)
+        latest = store.latest(at_most)
         if latest is None or latest == guard.live:
             continue
         try:

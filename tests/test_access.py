@@ -13,7 +13,8 @@ from aurora.config import AuroraConfig, ServerConfig, UserError
 from serve.access import OPEN_PATHS, AccessMiddleware, is_loopback, open_paths, read_api_keys, refuse_exposure
 from serve.admission import Admission
 from serve.engine import parse_vllm_args
-from serve.http import _tls, guard
+from serve.http import guard
+from serve.listen import tls_of
 
 KEYS = ("first-key", "second-key")
 
@@ -145,6 +146,6 @@ def test_keys_come_from_file_and_environment(tmp_path: Path) -> None:
 
 def test_half_a_pair_of_tls_files_is_refused() -> None:
     none = dict.fromkeys(("ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "ssl_ciphers"))
-    assert _tls(Namespace(**none, ssl_cert_reqs=0)) == {}
+    assert tls_of(Namespace(**none, ssl_cert_reqs=0)) == {}
     with pytest.raises(UserError, match="--ssl-keyfile and --ssl-certfile belong together"):
-        _tls(Namespace(**none | {"ssl_keyfile": "key.pem"}, ssl_cert_reqs=0))
+        tls_of(Namespace(**none | {"ssl_keyfile": "key.pem"}, ssl_cert_reqs=0))

@@ -16,8 +16,8 @@ def cpu_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_threads_are_bound_to_the_cores_that_the_process_may_use() -> None:
     assert engine_environment()["VLLM_CPU_OMP_THREADS_BIND"] == "4-6,9"
-    assert engine_environment(2)["VLLM_CPU_OMP_THREADS_BIND"] == "4-5"
-    assert engine_environment(1)["VLLM_CPU_OMP_THREADS_BIND"] == "4"
+    assert engine_environment([4, 5])["VLLM_CPU_OMP_THREADS_BIND"] == "4-5"
+    assert engine_environment([4])["VLLM_CPU_OMP_THREADS_BIND"] == "4"
 
 
 def test_weights_lie_in_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:

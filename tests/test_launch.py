@@ -6,7 +6,8 @@ import pytest
 import ray
 
 from aurora.config import AuroraConfig, UserError
-from aurora.launch import _start_ray, _StopSignals
+from aurora.launch import _start_ray
+from aurora.stop_signals import StopSignals
 
 
 @pytest.fixture
@@ -20,7 +21,7 @@ def handlers() -> Iterator[None]:
 
 def test_a_stop_ends_the_pause_before_a_restart_and_the_second_one_ends_the_process(handlers: None) -> None:
     asked: list[str] = []
-    signals = _StopSignals(lambda: asked.append("stop"), lambda: asked.append("kill"))
+    signals = StopSignals(lambda: asked.append("stop"), lambda: asked.append("kill"))
     signals.serving = True
     assert not signals.wait(0.01)
     assert not signals.received
@@ -35,7 +36,7 @@ def test_a_stop_ends_the_pause_before_a_restart_and_the_second_one_ends_the_proc
 
 def test_what_is_not_served_yet_is_not_asked_to_stop(handlers: None) -> None:
     asked: list[str] = []
-    signals = _StopSignals(lambda: asked.append("stop"), lambda: asked.append("kill"))
+    signals = StopSignals(lambda: asked.append("stop"), lambda: asked.append("kill"))
     os.kill(os.getpid(), signal.SIGTERM)
     assert signals.wait(600)
     assert asked == ["kill"]

@@ -4,7 +4,7 @@ import httpx
 import pytest
 
 from aurora.standby import Standby
-from serve.http import bind
+from serve.listen import bind
 
 
 def test_it_answers_until_the_server_does() -> None:

@@ -7,6 +7,7 @@ and it resumes from its checkpoint: a trainer that answers but no longer learns 
 import logging
 import os
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import ray
 import torch
 
 from aurora.config import AuroraConfig
-from trainer.budget import Load
+from trainer.budget import Load, Loads
 from trainer.loop import TrainerLoop
 from trainer.sinks import Sinks
 
@@ -33,6 +34,7 @@ class Trainer:
         torch.set_num_threads(config.trainer.threads)
         device = "cuda" if config.trainer.num_gpus > 0 else "cpu"
         sinks, model_sinks = _sinks(reporter)
+        self._loads = Loads()
         self._loop = TrainerLoop(config, Path(target_dir), sinks, device=device, model_sinks=model_sinks)
         self._thread = threading.Thread(target=self._train, name="training", daemon=True)
         self._thread.start()
@@ -49,12 +51,12 @@ class Trainer:
         """Take the traces of one payload (`aurora.trace.encode_traces`); returns their number."""
         return self._loop.ingest(payload)
 
-    def hear(self, busy: bool, drift: bool) -> tuple[float, str]:
-        """The server says whether requests are open and traffic drifts.
+    def hear(self, busy: bool, drift: bool, replica: str = "") -> tuple[float, str]:
+        """A server says whether requests are open and traffic drifts; of several, any of them counts.
 
         Returns the share of time computed of late, and why the disk did not take what was written last ("": it did).
         """
-        return self._loop.hear(Load(busy, drift)), self._loop.unsaved
+        return self._loop.hear(self._loads.told(replica, Load(busy, drift), time.monotonic())), self._loop.unsaved
 
     def status(self) -> dict[str, Any]:
         """Where training stands (`TrainerLoop.status`)."""

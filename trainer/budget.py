@@ -29,6 +29,19 @@ class Load:
     drift: bool  # the live drafter is worse on the newest traffic than it was
 
 
+class Loads:
+    """What several servers say of themselves, as one load; one that was silent for `SILENCE_S` is forgotten."""
+
+    def __init__(self) -> None:
+        self._of: dict[str, tuple[float, Load]] = {}
+
+    def told(self, server: str, load: Load, now_s: float) -> Load:
+        """The load of all, `server` having said its own."""
+        self._of[server] = (now_s, load)
+        self._of = {name: (at, said) for name, (at, said) in self._of.items() if now_s - at < SILENCE_S}
+        return Load(any(said.busy for _, said in self._of.values()), any(said.drift for _, said in self._of.values()))
+
+
 class Budget:
     """Keeps one trainer within its share. Bracket each unit of work by `begin` and `end`."""
 

@@ -1,0 +1,128 @@
+"""The actors of one `aurora serve`. They know each other by name, so that a restarted one finds the others."""
+
+import logging
+import os
+import secrets
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from aurora.config import AuroraConfig
+from aurora.environment import engine_environment
+
+log = logging.getLogger(__name__)
+
+NAMESPACE = "aurora"  # of the actors in Ray
+_CLOSE_TIMEOUT_S = 60.0
+
+
+class Deployment:
+    """Reporter, Trainer, and the Server; of several Servers the Router, and Servers as they are asked for."""
+
+    def __init__(self, config: AuroraConfig, model_dir: Path, keys: Sequence[str]) -> None:
+        self.config = config
+        self._model_dir = model_dir
+        self._id = uuid.uuid4().hex[:8]
+        self._reporter_name = self._name("reporter") if config.reporter.mode != "disabled" else None
+        self._trainer_name = self._name("trainer") if config.learning else None
+        self.reporter = self._make_reporter() if self._reporter_name is not None else None
+        self.trainer = self._make_trainer() if self._trainer_name is not None else None
+        self.router: Any = None  # of several servers
+        self.server: Any = None  # the only one
+        if config.cluster.replicas > 1:
+            self._inner_key = secrets.token_hex(32)
+            from serve.router_actor import make_router_actor
+
+            self.router = make_router_actor(config, self._name("router"), keys, self._inner_key)
+        else:
+            self.server = self._make_server(keys)
+
+    def make_replica(self, number: int) -> Any:
+        """One more Server behind the Router."""
+        return self._make_server([self._inner_key], replica_name(number), self._name("router"), number)
+
+    def _make_server(self, keys: Sequence[str], replica: str = "", router: str | None = None, number: int = 0) -> Any:
+        from serve.actor import Peers, make_server_actor
+
+        return make_server_actor(
+            self.config,
+            self._model_dir,
+            keys,
+            Peers(self._trainer_name, self._reporter_name, router, replica),
+            environment=_engine_environment(self.config, number) | _server_environment(self.config),
+            resources=_role("serve"),
+        )
+
+    def _make_reporter(self) -> Any:
+        from aurora.dashboard import make_reporter_actor
+
+        return make_reporter_actor(self.config, self._reporter_name)
+
+    def _make_trainer(self) -> Any:
+        from trainer.actor import make_trainer_actor
+
+        name, reporter = self._trainer_name, self._reporter_name
+        return make_trainer_actor(self.config, self._model_dir, name, reporter, resources=_role("train"))
+
+    def close(self) -> None:
+        """Let the trainer write its checkpoint and the reporter close the W&B run; one that is dead is passed over."""
+        import ray
+
+        ends = {"trainer": self.trainer and self.trainer.stop, "reporter": self.reporter and self.reporter.finish}
+        for role, end in ends.items():
+            try:
+                if end is not None:
+                    ray.get(end.remote(), timeout=_CLOSE_TIMEOUT_S)
+            except (ray.exceptions.RayError, TimeoutError) as error:
+                log.warning("the %s did not end in order: %s", role, " ".join(str(error).split())[:200])
+
+    def _name(self, role: str) -> str:
+        return f"{role}-{self._id}"
+
+
+def replica_name(number: int) -> str:
+    """Of the server `number`; in the order of numbers also when sorted as text."""
+    return f"replica-{number:03d}"
+
+
+def ray_logs() -> str:
+    """Where Ray keeps what the actors wrote."""
+    import ray
+
+    node = ray._private.worker._global_node
+    return f"{node.get_logs_dir_path()}/worker-*.err" if node is not None else "Ray's logs"
+
+
+def cpus_wanted(config: AuroraConfig) -> int:
+    """Ray CPUs that all actors take together."""
+    servers = config.cluster.replicas * (config.server.num_cpus or 1)
+    return -int(-(servers + (config.trainer.threads if config.learning else 0)) // 1)
+
+
+def _engine_environment(config: AuroraConfig, number: int) -> dict[str, str]:
+    """Replicas on this machine share its cores out; on another machine vLLM binds its threads itself."""
+    environment = engine_environment()
+    bind = "VLLM_CPU_OMP_THREADS_BIND"
+    if config.cluster.replicas > 1 and config.cluster.address is None:
+        return engine_environment(cores=_share(sorted(os.sched_getaffinity(0)), number, config.cluster.replicas))
+    return environment if config.cluster.address is None else {k: v for k, v in environment.items() if k != bind}
+
+
+def _share(cores: Sequence[int], number: int, among: int) -> Sequence[int]:
+    """Neighbouring cores for the replica `number`; at least one, which replicas beyond the number of cores share."""
+    size = max(len(cores) // among, 1)
+    start = number % max(len(cores) // size, 1) * size
+    return cores[start : start + size]
+
+
+def _role(name: str) -> dict[str, float]:
+    """The custom resource that ray_cluster.yaml gives the nodes of a role; nothing on a cluster without roles."""
+    import ray
+
+    return {name: 1.0} if name in ray.cluster_resources() else {}
+
+
+def _server_environment(config: AuroraConfig) -> dict[str, str]:
+    """What vLLM's server reads from the environment. Keys are not among it: Ray writes such variables to its logs."""
+    return {"VLLM_MAX_N_SEQUENCES": str(config.limits.n), "VLLM_API_KEY": "", "VLLM_SERVER_DEV_MODE": "0"}
