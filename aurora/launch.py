@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import psutil
+
 from aurora.config import AuroraConfig, UserError
 from aurora.default_model import model_directory, resolve_model
 from aurora.deployment import NAMESPACE, Deployment, cpus_wanted, ray_logs
@@ -27,6 +29,7 @@ log = logging.getLogger(__name__)
 _MAX_FAILED_STARTS = 3
 _RESTART_PAUSE_S = 2.0
 _RAY_STARTS = 3
+_CHILDREN_END_S = 10.0
 _ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -158,8 +161,18 @@ def _start_ray(config: AuroraConfig) -> None:
             if type(error) is not Exception:  # Ray raises the bare class, and only that, where its processes are late
                 raise
             ray.shutdown()
+            _end_children()  # what it had started would make the next one late, too
             log.warning("Ray did not start (%s), try %d of %d", error, tried, _RAY_STARTS)
     raise UserError("Ray did not start; see /tmp/ray/session_latest/logs, or end what keeps this machine busy")
+
+
+def _end_children() -> None:
+    """End the processes below this one, which has no others than Ray's yet."""
+    children = psutil.Process().children(recursive=True)
+    for child in children:
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
+    psutil.wait_procs(children, timeout=_CHILDREN_END_S)
 
 
 def _make_run_dir(directory: Path) -> None:

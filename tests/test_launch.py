@@ -1,7 +1,9 @@
 import os
 import signal
+import subprocess
 from collections.abc import Iterator
 
+import psutil
 import pytest
 import ray
 
@@ -47,9 +49,12 @@ def test_a_ray_that_is_late_gets_another_try_and_other_errors_pass(monkeypatch: 
         monkeypatch.setenv(name, "")  # so that what is set below goes with it
     failures: list[BaseException | None] = []
 
+    started: list[subprocess.Popen[bytes]] = []
+
     def init(**_: object) -> None:
         failure = failures.pop(0)
         if failure is not None:
+            started.append(subprocess.Popen(["sleep", "600"]))
             raise failure
 
     monkeypatch.setattr(ray, "init", init)
@@ -57,9 +62,12 @@ def test_a_ray_that_is_late_gets_another_try_and_other_errors_pass(monkeypatch: 
     failures[:] = [late, late, None]
     _start_ray(AuroraConfig())
     assert failures == []
+    assert len(started) == 2
+    assert not any(psutil.pid_exists(process.pid) for process in started), "nothing of a late Ray is left"
     failures[:] = [late, late, late]
     with pytest.raises(UserError, match="Ray did not start; see"):
         _start_ray(AuroraConfig())
     failures[:] = [ValueError("a setting")]
     with pytest.raises(ValueError, match="a setting"):
         _start_ray(AuroraConfig())
+    started.pop().kill()
