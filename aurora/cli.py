@@ -96,6 +96,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_purge_options(purge)
     purge.set_defaults(run=_purge, passes_rest=False)
+    scale = commands.add_parser("scale", help="have more or fewer replicas", allow_abbrev=False)
+    scale.add_argument("replicas", type=int, help="servers behind the endpoint")
+    scale.add_argument("--address", default="auto", help="Ray cluster: auto (default) or HOST:PORT")
+    scale.add_argument("--router", metavar="NAME", help="which deployment, where there are several")
+    scale.set_defaults(run=_scale, passes_rest=False)
     doctor = commands.add_parser("doctor", help="say what this machine lacks", allow_abbrev=False)
     doctor.set_defaults(run=_doctor, passes_rest=False)
     return parser
@@ -129,6 +134,12 @@ def _purge(known: argparse.Namespace, _rest: list[str]) -> int:
     files, size = purge(known.log, known.older_than_days * 86400)
     print(f"{known.log}: {files} files, {size / (1 << 20):.1f} MiB removed")
     return 0
+
+
+def _scale(known: argparse.Namespace, _rest: list[str]) -> int:
+    from aurora.scale import scale
+
+    return scale(known.replicas, known.address, known.router)
 
 
 def _doctor(_known: argparse.Namespace, _rest: list[str]) -> int:
