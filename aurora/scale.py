@@ -51,4 +51,4 @@ def _only_router(name: str | None) -> str:
     if len(found) != 1:
         hint = f"name one with --router: {', '.join(found)}" if found else "start one with `aurora serve --replicas 2`"
         raise UserError(f"{len(found)} deployments with several replicas in this cluster; {hint}")
-    return found[0]
+    return str(found[0])
