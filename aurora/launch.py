@@ -65,7 +65,8 @@ class Deployment:
         self.config = config
         self._id = uuid.uuid4().hex[:8]
         self.reporter = self._make_reporter()
-        self.trainer = self._make_trainer(model_dir) if config.learning else None
+        self.source, placement = self._make_source() if config.ships_drafters else (None, None)
+        self.trainer = self._make_trainer(model_dir, placement) if config.learning else None
         from serve.actor import make_server_actor
 
         self.server = make_server_actor(
@@ -76,6 +77,7 @@ class Deployment:
             reporter=self._name("reporter") if self.reporter is not None else None,
             environment=engine_environment() | _server_environment(config),
             resources=_role("serve"),
+            source=self._name("drafters") if self.source is not None else None,
         )
 
     def _make_reporter(self) -> Any | None:
@@ -85,11 +87,20 @@ class Deployment:
 
         return make_reporter_actor(self.config, self._name("reporter"))
 
-    def _make_trainer(self, model_dir: Path) -> Any:
+    def _make_source(self) -> tuple[Any, Any]:
+        """The actor that hands out drafters, and where trainer and it must be."""
+        from aurora.store_source import learning_placement, make_store_source
+
+        placement = learning_placement("train")
+        return make_store_source(self.config, self._name("drafters"), placement), placement
+
+    def _make_trainer(self, model_dir: Path, placement: Any) -> Any:
         from trainer.actor import make_trainer_actor
 
         reporter = self._name("reporter") if self.reporter is not None else None
-        return make_trainer_actor(self.config, model_dir, self._name("trainer"), reporter, resources=_role("train"))
+        return make_trainer_actor(
+            self.config, model_dir, self._name("trainer"), reporter, resources=_role("train"), placement=placement
+        )
 
     def close(self) -> None:
         """Let the trainer write its checkpoint and the reporter close the W&B run; one that is dead is passed over."""

@@ -15,7 +15,7 @@ from aurora.alarms import KINDS, SpeculationAlarms
 from aurora.config import AuroraConfig
 from aurora.guard import VersionGuard
 from aurora.metrics import EngineReport
-from aurora.store import DrafterStore
+from aurora.store_offers import Source
 from aurora.trace_log import TraceLog
 from serve.admission import Admission
 from serve.calibration import calibrate
@@ -33,6 +33,7 @@ from serve.feedback import (
 from serve.health import end_with_engine
 from serve.http import bind, serve_http, url_of
 from serve.load import Hear, LoadTeller, tell_forever
+from serve.mirror import RemoteSource, ServedStores
 
 log = logging.getLogger(__name__)
 
@@ -44,15 +45,23 @@ class Server:
     """Serves until told to stop. Restarted by Ray, it comes back with the newest verified drafter version.
 
     keys: any of them lets a request in; none: all come in. `trainer` and `reporter` name actors, or are None; both may
-    die.
+    die. `source` names the actor that hands out the trainer's drafters where the nodes share no file system.
     """
 
     def __init__(
-        self, config: AuroraConfig, model_dir: Path, keys: Sequence[str], trainer: str | None, reporter: str | None
+        self,
+        config: AuroraConfig,
+        model_dir: Path,
+        keys: Sequence[str],
+        trainer: str | None,
+        reporter: str | None,
+        *,
+        source: str | None = None,
     ) -> None:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         logging.getLogger("serve").setLevel(logging.INFO)  # whatever the libraries do to the root logger
-        self.config = config
+        self._stores = ServedStores(config, partial(_source, source) if source is not None else None)
+        self.config = self._stores.config
         self.model_dir = model_dir
         self._keys = keys
         self.trainer = _find(trainer)
@@ -71,6 +80,7 @@ class Server:
         """
         server = self.config.server
         sock = bind(server.host, port or server.port, shared=port is not None)  # the launcher may stand in for us there
+        await self._stores.begin(server.start_timeout_s)
         engine = start_engine(self.config, self.model_dir)
         self._admission = Admission(_places(engine, self.config))
         self._admission.engine_died = lambda: engine.client.errored
@@ -131,15 +141,17 @@ class Server:
         if _explores(self.config):
             observers.append(partial(_sound, SpeculationAlarms(), exporter))
         loops = [
-            swap_forever(engine, DrafterStore(self.config.store_dir), exporter, guard),
+            swap_forever(engine, self._stores.store(), exporter, guard),
             tell_forever(engine, teller, self.config.capture.interval_s),
         ]
+        live = {"eagle3": lambda: guard.live}
         if engine.draft_model is not None:
             second = VersionGuard(engine.draft_model.number, sign=-1)
             exporter.set("aurora_draft_model_version", second.live)
             observers.append(second.observe)
-            store = DrafterStore(self.config.draft_model_dir)
-            loops.append(swap_forever(engine, store, exporter, second, kind="model"))
+            loops.append(swap_forever(engine, self._stores.store("model"), exporter, second, kind="model"))
+            live["model"] = lambda: second.live
+        loops += self._stores.loops(exporter, live)
         if trace_log is not None:
             loops.append(expire_forever(trace_log))
         collecting = collect_forever(engine, self.config, forwarder, observers, report_to, ended=self._ended)
@@ -154,6 +166,11 @@ def _find(name: str | None) -> Any:
     except ValueError:
         log.warning("no actor %s; serving goes on without it", name)
         return None
+
+
+def _source(name: str, kind: str) -> Source:
+    """The trainer's store of a kind of drafter, by the name of the actor that hands it out."""
+    return RemoteSource(partial(ray.get_actor, name), kind, (ray.exceptions.RayError, ValueError))
 
 
 def _trace_log(config: AuroraConfig) -> TraceLog | None:
@@ -259,6 +276,7 @@ def make_server_actor(
     reporter: str | None,
     environment: dict[str, str],
     resources: dict[str, float],
+    source: str | None = None,
 ) -> Any:
     """Create the actor; `environment` must hold what vLLM's CPU start-up needs before the process begins."""
     actor = ray.remote(Server).options(
@@ -269,4 +287,4 @@ def make_server_actor(
         max_concurrency=64,
         runtime_env={"env_vars": environment},
     )
-    return actor.remote(config, model_dir, keys, trainer, reporter)
+    return actor.remote(config, model_dir, keys, trainer, reporter, source=source)
