@@ -1,8 +1,8 @@
 """What it takes to bring a drafter to another node: through Ray's object store, and as a plain copy of the file.
 
-Starts two Ray nodes on this machine, which talk over loopback. The actor that hands out drafters runs on one, a server's
-mirror on the other; weights are random. Prints bytes and seconds of whole fetches, of copies, and of a fetch that broke
-half way and went on.
+Starts two Ray nodes on this machine, which talk over loopback. The actor that hands out drafters runs on one, the
+mirror of a server on the other; weights are random. Prints bytes and seconds of whole fetches, of copies, and of a
+fetch that broke half way and went on.
 """
 
 import argparse

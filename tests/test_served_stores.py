@@ -121,7 +121,7 @@ async def test_a_source_that_is_gone_is_counted_and_logged_once(
     tmp_path: Path, exporter: PrometheusExporter, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    pair = Pair(tmp_path)
+    pair = Pair(tmp_path, asyncio.Runner())  # steps in this test's own loop
     pair.there.publish(files(b"w" * 100), {})
     looping = asyncio.create_task(mirror_forever(pair.mirror, exporter, "eagle3", poll_s=0.001))
 

@@ -5,7 +5,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,8 @@ class Wire:
 class Pair:
     """A store, a wire and a mirror."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, runner: asyncio.Runner) -> None:
+        self.runner = runner
         self.there = DrafterStore(root / "there")
         self.here = DrafterStore(root / "here")
         self.wire = Wire(self.there)
@@ -85,12 +86,13 @@ class Pair:
         async def go() -> list[MirrorStep]:
             return [await self.mirror.step() for _ in range(count)]
 
-        return asyncio.run(go())
+        return self.runner.run(go())
 
 
 @pytest.fixture
-def pair(tmp_path: Path) -> Pair:
-    return Pair(tmp_path)
+def pair(tmp_path: Path) -> Iterator[Pair]:
+    with asyncio.Runner() as runner:
+        yield Pair(tmp_path, runner)
 
 
 def test_a_version_comes_under_its_number_with_its_record(pair: Pair) -> None:
@@ -284,8 +286,8 @@ def test_a_list_that_is_none_is_refused_or_empty(payload: bytes) -> None:
 @settings(max_examples=20)
 @given(_JSON | st.fixed_dictionaries({"digests": st.dictionaries(st.text(), _JSON), "metadata": st.just({})}))
 def test_a_damaged_record_hides_no_other_version(record: object) -> None:
-    with tempfile.TemporaryDirectory() as root:
-        pair = Pair(Path(root))
+    with tempfile.TemporaryDirectory() as root, asyncio.Runner() as runner:
+        pair = Pair(Path(root), runner)
         (pair.there.publish(files(b"v"), {}).path / READY).write_text(json.dumps(record))
         pair.there.publish(files(b"w"), {})
         (did,) = pair.steps()
@@ -352,13 +354,17 @@ class Mirroring(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.root = Path(tempfile.mkdtemp())
-        self.pair = Pair(self.root)
+        self.runner = asyncio.Runner()
+        self.pair = Pair(self.root, self.runner)
         self.published: dict[int, list[dict[str, bytes]]] = {}
         self.count = 0
 
     def teardown(self) -> None:
-        self.converge()
-        shutil.rmtree(self.root)
+        try:
+            self.converge()
+        finally:
+            self.runner.close()
+            shutil.rmtree(self.root)
 
     def converge(self) -> None:
         """Once breaks end the mirror has what there is to draft with."""
