@@ -29,6 +29,8 @@ from aurora.store_offers import SourceUnreachable
 from aurora.store_source import make_store_source
 from serve.mirror import RemoteSource
 
+_STARTS = 4
+
 
 class Client:
     """The mirror of a server, on a node of its own."""
@@ -134,13 +136,25 @@ def _synced_copy(source: Path, target: Path) -> None:
         os.fsync(file.fileno())
 
 
+def _start() -> Cluster:
+    """A cluster of one node; Ray gives its processes half a minute, which a busy machine does not have at once."""
+    for left in reversed(range(_STARTS)):
+        try:
+            return Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        except Exception as error:
+            if type(error) is not Exception or not left:  # it raises the bare class, and only that, for late processes
+                raise
+            print(f"Ray did not start ({error}), once more", flush=True)
+    raise AssertionError
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--parameters", type=int, default=14_600_000, help="fp32 numbers of the drafter")
     parser.add_argument("--chunk", type=int, default=4, help="MiB a request")
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    cluster = _start()
     try:
         ray.init(address=cluster.address, log_to_driver=False)
         with tempfile.TemporaryDirectory() as root:
