@@ -32,7 +32,7 @@ class StoreSource:
 
 
 def learning_placement(role: str) -> Any:
-    """Ties actors to one node for good: one with a free `role` if nodes have roles, else this process's.
+    """Ties actors to one node for good: one of those with this role, a free one if there is one, else this process's.
 
     A node's drafters and checkpoints are on its own disk, so what needs them must not wander off to another.
     """
@@ -40,7 +40,8 @@ def learning_placement(role: str) -> Any:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     free = ray._private.state.available_resources_per_node()
-    nodes = sorted((n for n in free if free[n].get(role, 0) >= 1), key=str)
+    nodes = [n["NodeID"] for n in ray.nodes() if n["Alive"] and n["Resources"].get(role)]
+    nodes.sort(key=lambda n: (free.get(n, {}).get(role, 0) < 1, n))
     return NodeAffinitySchedulingStrategy(nodes[0] if nodes else ray.get_runtime_context().get_node_id(), soft=False)
 
 

@@ -63,8 +63,8 @@ class ServedStores:
 
     def __init__(self, config: AuroraConfig, source: Callable[[str], Source] | None, replica: str = "0") -> None:
         self.config = config if source is None else config.mirrored(replica)
-        kinds = ("eagle3", "model") if "model" in config.speculation.drafters else ("eagle3",)
-        self._mirrors = {kind: self._mirror(kind, source(kind)) for kind in kinds} if source is not None else {}
+        self._source = source
+        self._mirrors: dict[str, StoreMirror] = {}
 
     def _mirror(self, kind: str, source: Source) -> StoreMirror:
         limit = self.config.cluster.fetch_mib_s
@@ -74,21 +74,29 @@ class ServedStores:
         return DrafterStore(self.config.draft_model_dir if kind == "model" else self.config.store_dir)
 
     def store(self, kind: str = "eagle3") -> DrafterStore:
-        """The store to read this kind of drafter from."""
+        """The store to read this kind of drafter from, once `begin` is over."""
         return self._mirrors[kind].store if kind in self._mirrors else self._plain(kind)
 
     async def begin(self, limit_s: float) -> None:
         """Return when each mirror has a version to begin with: the source's newest, or what there is without one.
 
-        Raises UserError when the trainer has published none after `limit_s`.
+        Raises UserError when the trainer has published none after `limit_s`, and for a directory that cannot be used.
         """
+        if self._source is None:
+            return
+        kinds = ("eagle3", "model") if "model" in self.config.speculation.drafters else ("eagle3",)
         try:
-            await asyncio.wait_for(asyncio.gather(*(_begin(mirror) for mirror in self._mirrors.values())), limit_s)
+            self._mirrors = {kind: self._mirror(kind, self._source(kind)) for kind in kinds}
+            await asyncio.wait_for(asyncio.gather(*map(_begin, self._mirrors.values())), limit_s)
         except TimeoutError:
             raise UserError(
                 f"no drafter came from the trainer's node within {limit_s:.0f} s (cluster.transport ray); see "
                 "Ray's logs of the trainer, or raise server.start_timeout_s"
             ) from None
+        except OSError as error:
+            raise UserError(
+                f"cluster.local_dir {self.config.run_dir}: {error.strerror}; give a directory that can be written"
+            ) from error
 
     def loops(
         self, exporter: PrometheusExporter, live: dict[str, Callable[[], int]]

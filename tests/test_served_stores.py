@@ -117,6 +117,12 @@ async def test_a_server_that_gets_no_drafter_says_so(config: AuroraConfig) -> No
         await ServedStores(config, remote(Handle(StoreSource(config)))).begin(0.05)
 
 
+async def test_a_directory_that_cannot_be_used_is_named(config: AuroraConfig) -> None:
+    config.cluster.local_dir.write_text("a file")
+    with pytest.raises(UserError, match=r"cluster\.local_dir .*node/0: Not a directory; give a directory"):
+        await ServedStores(config, remote(Handle(StoreSource(config)))).begin(60)
+
+
 async def test_a_source_that_is_gone_is_counted_and_logged_once(
     tmp_path: Path, exporter: PrometheusExporter, caplog: pytest.LogCaptureFixture
 ) -> None:
