@@ -11,10 +11,10 @@ endif
 BIN := .venv/bin
 STAMP := .venv/.installed-$(EXTRA)
 
-.PHONY: help install serve test faults soak check audit sbom format bench lock clean
+.PHONY: help install serve test gpu faults soak check audit sbom format bench lock clean
 
 help:
-	@echo "make install | serve [ARGS=...] | test | faults | soak [ARGS=...] | check | audit | sbom | format | bench [ARGS=...] |"
+	@echo "make install | serve [ARGS=...] | test | gpu | faults | soak [ARGS=...] | check | audit | sbom | format | bench [ARGS=...] |"
 	@echo "     lock | clean     (EXTRA=$(EXTRA))"
 
 install: $(STAMP)
@@ -27,6 +27,9 @@ serve: install
 
 test: install
 	$(BIN)/python -m pytest $(ARGS)
+
+gpu: install
+	$(BIN)/python -m pytest -m gpu tests/gpu $(ARGS)
 
 faults: install
 	$(BIN)/python -m pytest tests/faults -o junit_family=xunit1 --junitxml=faults.xml $(ARGS)

@@ -231,6 +231,21 @@ class ClusterConfig(_Branch):
     canary_s: float = Field(
         120, gt=0, description="longest time that one replica tries a new drafter version before the others take it"
     )
+    transport: Literal["shared", "ray"] = Field(
+        "shared",
+        description="how drafters reach the servers: run_dir is a directory that all nodes see, or through Ray",
+    )
+    local_dir: Path | None = Field(
+        None, description="a node's own directory for the drafters that come through Ray; default: RUN_DIR/mirror"
+    )
+    fetch_mib_s: float | None = Field(None, gt=0, description="MiB a second that they may take; default: no bound")
+
+    @field_validator("local_dir")
+    @classmethod
+    def _same_everywhere(cls, directory: Path | None) -> Path | None:
+        if directory is not None and not directory.expanduser().is_absolute():
+            raise ValueError("must be an absolute path: nodes start in directories of their own")
+        return directory
 
 
 class AuroraConfig(_Branch):
@@ -275,6 +290,16 @@ class AuroraConfig(_Branch):
     @property
     def draft_model_dir(self) -> Path:
         return self.run_dir / "draft_models"
+
+    @property
+    def ships_drafters(self) -> bool:
+        """Whether drafters reach the servers through Ray; without a trainer there are none to bring."""
+        return self.cluster.transport == "ray" and self.learning
+
+    def mirrored(self, replica: str) -> "AuroraConfig":
+        """This one with its stores in a directory of the node and of one server."""
+        directory = self.cluster.local_dir or self.run_dir / "mirror"
+        return self.model_copy(update={"run_dir": directory.expanduser() / replica})
 
 
 def load_config(file: Path | None, overrides: dict[str, Any]) -> AuroraConfig:

@@ -26,8 +26,10 @@ class Deployment:
         self._id = uuid.uuid4().hex[:8]
         self._reporter_name = self._name("reporter") if config.reporter.mode != "disabled" else None
         self._trainer_name = self._name("trainer") if config.learning else None
+        self._source_name = self._name("drafters") if config.ships_drafters else None
         self.reporter = self._make_reporter() if self._reporter_name is not None else None
-        self.trainer = self._make_trainer() if self._trainer_name is not None else None
+        self.source, placement = self._make_source() if self._source_name is not None else (None, None)
+        self.trainer = self._make_trainer(placement) if self._trainer_name is not None else None
         self.router: Any = None  # of several servers
         self.server: Any = None  # the only one
         if config.cluster.replicas > 1:
@@ -49,7 +51,7 @@ class Deployment:
             self.config,
             self._model_dir,
             keys,
-            Peers(self._trainer_name, self._reporter_name, router, replica),
+            Peers(self._trainer_name, self._reporter_name, self._source_name, router, replica),
             environment=_engine_environment(self.config, number) | _server_environment(self.config),
             resources=_role("serve"),
         )
@@ -59,11 +61,20 @@ class Deployment:
 
         return make_reporter_actor(self.config, self._reporter_name)
 
-    def _make_trainer(self) -> Any:
+    def _make_source(self) -> tuple[Any, Any]:
+        """The actor that hands out drafters, and where trainer and it must be."""
+        from aurora.store_source import learning_placement, make_store_source
+
+        placement = learning_placement("train")
+        return make_store_source(self.config, self._source_name, placement), placement
+
+    def _make_trainer(self, placement: Any) -> Any:
         from trainer.actor import make_trainer_actor
 
         name, reporter = self._trainer_name, self._reporter_name
-        return make_trainer_actor(self.config, self._model_dir, name, reporter, resources=_role("train"))
+        return make_trainer_actor(
+            self.config, self._model_dir, name, reporter, resources=_role("train"), placement=placement
+        )
 
     def close(self) -> None:
         """Let the trainer write its checkpoint and the reporter close the W&B run; one that is dead is passed over."""

@@ -110,6 +110,7 @@ class Metric(NamedTuple):
 
 _VERSION = ("version",)
 _POSITION = ("version", "position")
+_KIND = ("kind",)
 
 METRICS: dict[str, Metric] = {
     "aurora_steps_total": Metric("counter", "Engine steps"),
@@ -140,6 +141,10 @@ METRICS: dict[str, Metric] = {
     "aurora_swaps_total": Metric("counter", "Drafter versions swapped in"),
     "aurora_swap_failures_total": Metric("counter", "Swaps refused or rolled back"),
     "aurora_rollbacks_total": Metric("counter", "Live versions taken back because they drafted worse"),
+    "aurora_store_mirror_bytes_total": Metric("counter", "Bytes of drafters that came from the trainer's node", _KIND),
+    "aurora_store_mirror_failures_total": Metric("counter", "Tries to fetch drafters from there that failed", _KIND),
+    "aurora_store_mirror_seconds": Metric("gauge", "Time in which the last drafter came from there", _KIND),
+    "aurora_store_mirror_source_alive": Metric("gauge", "1 while the trainer's drafter store answers, else 0", _KIND),
     "aurora_swap_seconds": Metric("gauge", "Engine stall of the last swap"),
     "aurora_trainer_alive": Metric("gauge", "1 while the trainer answers, else 0"),
     "aurora_training_share": Metric("gauge", "Share of wall time that the trainer computed, about the last minute's"),

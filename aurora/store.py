@@ -13,7 +13,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ READY = "READY"
 REJECTED = "REJECTED"
 _STAGING = ".publish-"
 _VERSION_DIR = re.compile(r"v(\d{6,})")
-_ALLOWED_SUFFIXES = (".json", ".safetensors")
+ALLOWED_SUFFIXES = (".json", ".safetensors")
 
 
 class DrafterRefused(ValueError):
@@ -55,6 +56,16 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _flush(directory: Path) -> None:
+    for file in _plain_files(directory):
+        _fsync(file)
+    _fsync(directory)
+
+
+def _record(digests: dict[str, str], metadata: dict[str, Any]) -> str:
+    return json.dumps({"digests": digests, "metadata": metadata}, indent=1)
+
+
 class DrafterStore:
     """Versions of one drafter. One writer at a time; any number of readers in any process."""
 
@@ -71,19 +82,48 @@ class DrafterStore:
         `metadata` must be JSON. Raises DrafterRefused if the files written are not plain JSON and safetensors; then, as
         on any other exception (a full disk's OSError), nothing becomes visible.
         """
+        with self._staged(write) as (staging, digests):
+            ready = _record(digests, metadata)
+            _flush(staging)
+            number = self._claim(staging)
+        return self._mark_ready(number, ready)
+
+    def adopt(
+        self, number: int, write: Callable[[Path], None], digests: dict[str, str], metadata: dict[str, Any]
+    ) -> DrafterVersion:
+        """Let `write(directory)` fill what another store calls version `number` and make it visible under that number.
+
+        Raises DrafterRefused unless the files written are those of `digests` (name to SHA-256, hex), and for a number
+        that is taken; then nothing becomes visible. Call from the one writer only.
+        """
+        target = self._path(number)
+        if (target / READY).exists():
+            raise DrafterRefused(f"{target} is there already; remove it first")
+        with self._staged(write) as (staging, found):
+            odd = sorted({name for name, _ in found.items() ^ digests.items()})
+            if odd:
+                raise DrafterRefused(f"{target}: SHA-256 of {', '.join(odd)} differs from the published one")
+            ready = _record(digests, metadata)
+            _flush(staging)
+            if target.exists():  # of a writer that died before READY: nobody reads it
+                shutil.rmtree(target)
+            staging.rename(target)
+        self._rejected.discard(number)
+        return self._mark_ready(number, ready)
+
+    @contextmanager
+    def _staged(self, write: Callable[[Path], None]) -> Iterator[tuple[Path, dict[str, str]]]:
+        """A temporary directory that `write` filled and its files' digests; it goes if the body fails."""
         staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=self.root))
         staging.chmod(0o755)  # mkdtemp's 0700 would keep a server of another user out
         try:
             write(staging)
-            files = _plain_files(staging)
-            ready = json.dumps({"digests": {f.name: sha256_file(f) for f in files}, "metadata": metadata}, indent=1)
-            for file in files:
-                _fsync(file)
-            _fsync(staging)
-            number = self._claim(staging)
+            yield staging, {f.name: sha256_file(f) for f in _plain_files(staging)}
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
+
+    def _mark_ready(self, number: int, ready: str) -> DrafterVersion:
         target = self._path(number)
         marker = target / f".{READY}"
         marker.write_text(ready)
@@ -120,6 +160,13 @@ class DrafterStore:
             mark.write_text(reason)
         except OSError as error:
             log.error("%s: not marked (%s); remove the version's directory", mark, error.strerror)
+
+    def rejection(self, number: int) -> str | None:
+        """Why a version was rejected ("" where the reason is not known), or None."""
+        try:
+            return (self._path(number) / REJECTED).read_text(errors="replace")
+        except OSError:
+            return "" if self._is_rejected(number) else None
 
     def versions(self) -> list[int]:
         """Numbers of the READY versions, rejected ones included, ascending."""
@@ -161,14 +208,23 @@ class DrafterStore:
 
         Call from the writer only. What a writer that died left behind goes, too.
         """
-        for abandoned in self.root.glob(f"{_STAGING}*"):
-            shutil.rmtree(abandoned)
+        self.clear_abandoned()
         latest = self.latest()
         removed = [number for number in self.versions()[: -keep or None] if number != latest]
         for number in removed:
-            (self._path(number) / READY).unlink()
-            shutil.rmtree(self._path(number))
+            self.remove(number)
         return removed
+
+    def remove(self, number: int) -> None:
+        """Take a version away, and what was said of it. Call from the writer only."""
+        (self._path(number) / READY).unlink()
+        shutil.rmtree(self._path(number))
+        self._rejected.discard(number)
+
+    def clear_abandoned(self) -> None:
+        """Remove what a writer that died left behind. Call from the writer only."""
+        for abandoned in self.root.glob(f"{_STAGING}*"):
+            shutil.rmtree(abandoned)
 
 
 def _plain_files(directory: Path) -> list[Path]:
@@ -177,8 +233,8 @@ def _plain_files(directory: Path) -> list[Path]:
     for path in files:
         if path.is_symlink() or not path.is_file():
             raise DrafterRefused(f"{path}: only plain files belong in a drafter directory")
-        if path.suffix not in _ALLOWED_SUFFIXES:
-            allowed = " and ".join(_ALLOWED_SUFFIXES)
+        if path.suffix not in ALLOWED_SUFFIXES:
+            allowed = " and ".join(ALLOWED_SUFFIXES)
             raise DrafterRefused(f"{path}: only {allowed} files are loaded, never pickle or code")
     if not any(p.suffix == ".safetensors" for p in files):
         raise DrafterRefused(f"{directory}: no .safetensors file")

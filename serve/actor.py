@@ -16,7 +16,7 @@ from aurora.alarms import KINDS, SpeculationAlarms
 from aurora.config import AuroraConfig
 from aurora.guard import VersionGuard
 from aurora.metrics import EngineReport
-from aurora.store import DrafterStore
+from aurora.store_offers import Source
 from aurora.trace_log import TraceLog
 from serve.admission import Admission
 from serve.calibration import calibrate
@@ -37,6 +37,7 @@ from serve.health import end_with_engine
 from serve.http import serve_http
 from serve.listen import bind, split_tls, tls_of, url_of
 from serve.load import Hear, LoadTeller, tell_forever
+from serve.mirror import RemoteSource, ServedStores
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ class Peers:
 
     trainer: str | None = None
     reporter: str | None = None
+    source: str | None = None  # hands out the trainer's drafters where the nodes share no file system
     router: str | None = None
     replica: str = ""  # its own name among several servers
 
@@ -63,7 +65,10 @@ class Server:
     def __init__(self, config: AuroraConfig, model_dir: Path, keys: Sequence[str], peers: Peers) -> None:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         logging.getLogger("serve").setLevel(logging.INFO)  # whatever the libraries do to the root logger
-        self.config = config if peers.router is None else _as_replica(config, peers.replica)
+        config = config if peers.router is None else _as_replica(config, peers.replica)
+        source = partial(_source, peers.source) if peers.source is not None else None
+        self._stores = ServedStores(config, source, peers.replica or "0")
+        self.config = self._stores.config
         self.model_dir = model_dir
         self._keys = keys
         self._replica = peers.replica
@@ -84,7 +89,8 @@ class Server:
         """
         server = self.config.server
         sock = bind(server.host, port or server.port, shared=port is not None)  # the launcher may stand in for us there
-        newest = await self._canary.newest(self._stores()) if self._canary is not None else {}
+        await self._stores.begin(server.start_timeout_s)
+        newest = await self._canary.newest(self._stores.all()) if self._canary is not None else {}
         engine = start_engine(self.config, self.model_dir, newest)
         self._admission = Admission(_places(engine, self.config))
         self._admission.engine_died = lambda: engine.client.errored
@@ -119,13 +125,6 @@ class Server:
         """Requests that may be open here at once."""
         return self._admission.places
 
-    def _stores(self) -> dict[str, DrafterStore]:
-        """Where versions come from, by kind."""
-        stores = {"eagle3": DrafterStore(self.config.store_dir)}
-        if "model" in self.config.speculation.drafters:
-            stores["model"] = DrafterStore(self.config.draft_model_dir)
-        return stores
-
     async def stop(self) -> None:
         """Refuse new requests, let open ones finish for `server.drain_s`, and end `run`."""
         if self._http is not None:
@@ -156,21 +155,25 @@ class Server:
         observers: list[Observer] = [exporter.update, guard.observe, teller.observe]
         if _explores(self.config):
             observers.append(partial(_sound, SpeculationAlarms(), exporter))
-        stores = self._stores()
         permit = self._canary.permit if self._canary is not None else None
         if self._canary is not None:
             observers.append(self._canary.observer("eagle3", lambda: guard.live, sign=1))
         loops = [
-            swap_forever(engine, stores["eagle3"], exporter, guard, permit=permit),
+            swap_forever(engine, self._stores.store(), exporter, guard, permit=permit),
             tell_forever(engine, teller, self.config.capture.interval_s),
         ]
+        live = {"eagle3": lambda: guard.live}
         if engine.draft_model is not None:
             second = VersionGuard(engine.draft_model.number, sign=-1)
             exporter.set("aurora_draft_model_version", second.live)
             observers.append(second.observe)
             if self._canary is not None:
                 observers.append(self._canary.observer("model", lambda: second.live, sign=-1))
-            loops.append(swap_forever(engine, stores["model"], exporter, second, kind="model", permit=permit))
+            loops.append(
+                swap_forever(engine, self._stores.store("model"), exporter, second, kind="model", permit=permit)
+            )
+            live["model"] = lambda: second.live
+        loops += self._stores.loops(exporter, live)
         if trace_log is not None:
             loops.append(expire_forever(trace_log))
         collecting = collect_forever(engine, self.config, forwarder, observers, report_to, ended=self._ended)
@@ -218,6 +221,11 @@ def _find(name: str | None) -> Any:
     except ValueError:
         log.warning("no actor %s; serving goes on without it", name)
         return None
+
+
+def _source(name: str, kind: str) -> Source:
+    """The trainer's store of a kind of drafter, by the name of the actor that hands it out."""
+    return RemoteSource(partial(ray.get_actor, name), kind, (ray.exceptions.RayError, ValueError))
 
 
 def _trace_log(config: AuroraConfig) -> TraceLog | None:

@@ -2,9 +2,9 @@
 
 `stage` runs beside serving: it verifies the version, reads it, checks every key, shape, dtype and value, refuses
 storage shared with the target, and builds the new linear operators beside the live ones (on CPU each weight is packed
-into an operator and the parameter left empty). `commit` runs between two steps: it only exchanges operators and
-copies the few plain parameters in place, so CUDA graphs and in-flight requests stay valid. A failure in `commit` puts
-back what was there.
+into an operator and the parameter left empty) and the new tensors on the live ones' device. `commit` runs between two
+steps: it only exchanges operators and copies the plain parameters in place, so CUDA graphs and in-flight requests stay
+valid. A failure in `commit` puts back what was there.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from aurora.store import DrafterRefused, DrafterStore
 from drafters.checksum import checksum
+from serve.on_device import beside_serving, fingerprint, placed
 
 _STACKED = {".qkv_proj.": (".q_proj.", ".k_proj.", ".v_proj."), ".gate_up_proj.": (".gate_proj.", ".up_proj.")}
 
@@ -29,7 +30,7 @@ class Staged:
     version: int
     gated_rates: list[float]
     operators: dict[str, Any]  # module name -> new packed operator
-    tensors: dict[str, Tensor]  # parameter name -> new value
+    tensors: dict[str, Tensor]  # parameter name -> new value, on its device
 
 
 class DrafterSwap:
@@ -53,13 +54,14 @@ class DrafterSwap:
         self._check(weights, record.path)
         operators: dict[str, Any] = {}
         tensors: dict[str, Tensor] = {}
-        for name, value in weights.items():
-            module_name = name.rpartition(".")[0]
-            module = self._modules.get(module_name)
-            if module is not None and name.endswith(".weight") and hasattr(module, "cpu_linear"):
-                operators[module_name] = _packed(module, value)
-            if self._parameter(name).numel():
-                tensors[name] = value
+        with beside_serving(next(self.drafter.parameters()).device):
+            for name, value in weights.items():
+                module_name = name.rpartition(".")[0]
+                module = self._modules.get(module_name)
+                if module is not None and name.endswith(".weight") and hasattr(module, "cpu_linear"):
+                    operators[module_name] = _packed(module, value)
+                if self._parameter(name).numel():
+                    tensors[name] = placed(value, self._parameter(name))
         rates = record.metadata.get("gated_rates") or []
         return Staged(number, [float(r) for r in rates], operators, tensors)
 
@@ -79,7 +81,10 @@ class DrafterSwap:
         self.version, self.gated_rates = staged.version, staged.gated_rates
 
     def target_checksum(self) -> str:
-        """XXH3 of what the target computes with: plain parameters by their bytes, packed ones by what they answer."""
+        """XXH3 of what the target computes with: packed parameters by what they answer, plain ones by their bytes.
+
+        Bytes on a GPU count by a fingerprint that is computed there.
+        """
         return _checksum(self.target)
 
     def drafter_checksum(self) -> str:
@@ -133,7 +138,7 @@ class DrafterSwap:
                 raise RuntimeError(f"swap to version {staged.version}: operator {name} is not the staged one")
         for name, value in staged.tensors.items():
             live = self._parameter(name)
-            if not torch.equal(live.data, value.to(live.device, live.dtype)):
+            if not torch.equal(live.data, value):
                 raise RuntimeError(f"swap to version {staged.version}: {name} differs from the published weights")
 
 
@@ -193,4 +198,4 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, module.cpu_linear(probe, module.weight, None)
     for name, parameter in model.named_parameters():
         if parameter.numel():
-            yield name, parameter.data
+            yield name, fingerprint(parameter.data) if parameter.is_cuda else parameter.data

@@ -36,6 +36,10 @@ def test_every_metric_is_there_once_it_has_a_value(registry):
     exporter = PrometheusExporter(registry)
     exporter.update(REPORT)
     exporter.set("aurora_alarm", 0, kind="x")
+    for what in ("bytes_total", "failures_total"):
+        exporter.inc(f"aurora_store_mirror_{what}", {"kind": "eagle3"})
+    for what in ("seconds", "source_alive"):
+        exporter.set(f"aurora_store_mirror_{what}", 1, kind="eagle3")
     page = generate_latest(registry).decode()
     for name in METRICS:
         assert f"\n{name}" in page, name

@@ -1,13 +1,20 @@
+import asyncio
 import os
 import signal
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from aurora.config import AuroraConfig
 from aurora.store import DrafterStore
+from aurora.store_mirror import StoreMirror
+from aurora.store_source import learning_placement, make_store_source
 from aurora.trace import DraftTrace, encode_traces
+from serve.mirror import RemoteSource
+from tests.test_store_mirror import contents, files
 from tests.tiny import TinyServer, half_right, prompts, tiny_config
 from tests.waiting import wait_until
 
@@ -112,3 +119,18 @@ def test_training_that_fails_ends_the_process_and_a_dead_reporter_does_not(
     actor.break_it.remote()
     wait_for(actor, lambda s: s["pid"] != before["pid"])
     ray.kill(actor)
+
+
+def test_published_drafters_can_be_had_whoever_dies(cluster: None, tmp_path: Path) -> None:
+    config = AuroraConfig(run_dir=tmp_path / "trainer")
+    published = DrafterStore(config.store_dir).publish(files(b"weights" * (1 << 20)), {"parent": None})
+    source = make_store_source(config, "drafters", learning_placement("train"))
+    calls = RemoteSource(partial(ray.get_actor, "drafters"), "eagle3", (ray.exceptions.RayError, ValueError))
+    mirror = StoreMirror(DrafterStore(tmp_path / "server"), calls)
+    assert asyncio.run(mirror.step()).fetched == 1
+    assert contents(mirror.store.verify(1)) == contents(published)
+    ray.kill(source, no_restart=False)
+    DrafterStore(config.store_dir).publish(files(b"others" * (1 << 20)), {"parent": 1})
+    mirror.store.reject(1, "drafts worse")
+    wait_until(lambda: asyncio.run(mirror.step()).fetched == 2, 60, "version 2 did not come from the restarted actor")
+    assert DrafterStore(config.store_dir).rejection(1) == "drafts worse"

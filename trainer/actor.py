@@ -106,14 +106,18 @@ def make_trainer_actor(
     target_dir: Path,
     name: str | None = None,
     reporter: str | None = None,
+    *,
     resources: dict[str, float] | None = None,
+    placement: Any = None,
 ) -> Any:
-    """Create the actor; returns its handle at once. Ray restarts it without limit."""
+    """Create the actor; returns its handle at once. Ray restarts it without limit, and by `placement` (a Ray scheduling
+    strategy) where its files are."""
     actor = ray.remote(Trainer).options(
         name=name,
         num_cpus=config.trainer.threads,
         num_gpus=config.trainer.num_gpus,
         resources=resources or {},
+        scheduling_strategy=placement,
         max_restarts=-1,
         max_concurrency=8,
     )
