@@ -28,7 +28,7 @@ class Deployment:
         self._trainer_name = self._name("trainer") if config.learning else None
         self._source_name = self._name("drafters") if config.ships_drafters else None
         self.reporter = self._make_reporter() if self._reporter_name is not None else None
-        self.source, placement = self._make_source() if self._source_name is not None else (None, None)
+        placement = self._make_source(self._source_name) if self._source_name is not None else None
         self.trainer = self._make_trainer(placement) if self._trainer_name is not None else None
         self.router: Any = None  # of several servers
         self.server: Any = None  # the only one
@@ -61,12 +61,13 @@ class Deployment:
 
         return make_reporter_actor(self.config, self._reporter_name)
 
-    def _make_source(self) -> tuple[Any, Any]:
-        """The actor that hands out drafters, and where trainer and it must be."""
+    def _make_source(self, name: str) -> Any:
+        """The actor that hands out drafters; gives where it and the trainer must be."""
         from aurora.store_source import learning_placement, make_store_source
 
         placement = learning_placement("train")
-        return make_store_source(self.config, self._source_name, placement), placement
+        self.source = make_store_source(self.config, name, placement)
+        return placement
 
     def _make_trainer(self, placement: Any) -> Any:
         from trainer.actor import make_trainer_actor
