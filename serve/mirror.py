@@ -30,7 +30,7 @@ class RemoteSource:
     def __init__(self, find: Callable[[], Any], kind: str, errors: tuple[type[Exception], ...]) -> None:
         self._find = find
         self._kind = kind
-        self._errors = (TimeoutError, *errors)
+        self._errors: tuple[type[Exception], ...] = (TimeoutError, *errors)
         self._handle: Any = None
 
     async def offers(self) -> bytes:
