@@ -224,6 +224,7 @@ class ClusterConfig(_Branch):
     """The Ray cluster."""
 
     address: str | None = Field(None, description="'auto' or HOST:PORT joins a running cluster; default: a local one")
+    wait_s: float = Field(0, ge=0, description="time that nodes with the resources serve and train have to join")
 
 
 class AuroraConfig(_Branch):
