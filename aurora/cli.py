@@ -12,6 +12,8 @@ from aurora import __version__
 from aurora.command_options import (
     add_bench_options,
     add_curve_options,
+    add_down_options,
+    add_logs_options,
     add_plan_options,
     add_purge_options,
     add_record_options,
@@ -19,6 +21,7 @@ from aurora.command_options import (
     add_simulate_options,
     add_traffic_options,
     add_train_options,
+    add_up_options,
 )
 from aurora.options import add_config_options, read_config, refuse_controlled, split_model
 
@@ -103,7 +106,19 @@ def _parser() -> argparse.ArgumentParser:
     scale.set_defaults(run=_scale, passes_rest=False)
     doctor = commands.add_parser("doctor", help="say what this machine lacks", allow_abbrev=False)
     doctor.set_defaults(run=_doctor, passes_rest=False)
+    _add_cluster_commands(commands)
     return parser
+
+
+def _add_cluster_commands(commands: _Commands) -> None:
+    for name, add_options, run, text in (
+        ("up", add_up_options, _up, "start a cluster and serve on it"),
+        ("down", add_down_options, _down, "stop serving and end the cluster"),
+        ("logs", add_logs_options, _logs, "what the actors wrote"),
+    ):
+        parser = commands.add_parser(name, help=text, allow_abbrev=False)
+        add_options(parser)
+        parser.set_defaults(run=run, passes_rest=False)
 
 
 def _add_serve(commands: _Commands, name: str, run: _Command, short: str, text: str) -> None:
@@ -210,6 +225,24 @@ def _simulate(known: argparse.Namespace, _rest: list[str]) -> int:
     from aurora.simulate import SimulateOptions, run
 
     return run(SimulateOptions(**_options(known)))
+
+
+def _up(known: argparse.Namespace, _rest: list[str]) -> int:
+    from aurora.cluster_up import UpOptions, up
+
+    return up(UpOptions(**_options(known)))
+
+
+def _down(known: argparse.Namespace, _rest: list[str]) -> int:
+    from aurora.cluster_up import DownOptions, down
+
+    return down(DownOptions(**_options(known)))
+
+
+def _logs(known: argparse.Namespace, _rest: list[str]) -> int:
+    from aurora.logs import LogsOptions, run
+
+    return run(LogsOptions(**_options(known)))
 
 
 def _options(known: argparse.Namespace) -> dict[str, Any]:

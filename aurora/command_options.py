@@ -12,6 +12,37 @@ def _add_trainer_settings(add: Callable[..., object]) -> None:
     add("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings", help=help_set)
 
 
+def add_up_options(parser: argparse.ArgumentParser) -> None:
+    """The flags of `aurora up`; names and defaults are those of `UpOptions`."""
+    add = parser.add_argument
+    _add_cluster(add, "cluster file for `ray up` (default: ray_cluster.yaml)")
+    add("--dry-run", action="store_true", help="check the file and say what would be done")
+    add("--yes", action="store_true", help="do not ask before machines are started")
+    add("--replicas", type=int, metavar="N", help="engines that serve (default: the serve nodes at the start)")
+    add("--serve", default="", metavar="'MODEL FLAGS'", help="further words of `aurora serve`, in one pair of quotes")
+
+
+def add_down_options(parser: argparse.ArgumentParser) -> None:
+    """The flags of `aurora down`; names and defaults are those of `DownOptions`."""
+    _add_cluster(parser.add_argument, "cluster file that `aurora up` was given (default: ray_cluster.yaml)")
+    parser.add_argument("--yes", action="store_true", help="do not ask before machines are ended")
+
+
+def add_logs_options(parser: argparse.ArgumentParser) -> None:
+    """The flags of `aurora logs`; names and defaults are those of `LogsOptions`, which checks the values."""
+    add = parser.add_argument
+    _add_cluster(add, "cluster file that `aurora up` was given; default: what runs on this machine")
+    add("--follow", action="store_true", help="go on with what is added, until Ctrl-C")
+    add("--lines", type=int, default=100, metavar="N", help="of each file, to begin with (default: %(default)s)")
+    add("--run-dir", type=Path, default=Path("runs/default"), metavar="DIR", help="of the server on this machine")
+
+
+def _add_cluster(add: Callable[..., object], help_file: str) -> None:
+    add("file", type=Path, nargs="?", metavar="FILE", help=help_file)
+    help_shared = "directory, as the nodes name it, that they all share (default: %(default)s)"
+    add("--shared", default="~/shared", metavar="DIR", help=help_shared)
+
+
 def add_traffic_options(parser: argparse.ArgumentParser) -> None:
     """The flags of `aurora traffic`; names and defaults are those of `TrafficOptions`, which checks the values."""
     add = parser.add_argument

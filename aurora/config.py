@@ -247,6 +247,8 @@ class ClusterConfig(_Branch):
             raise ValueError("must be an absolute path: nodes start in directories of their own")
         return directory
 
+    wait_s: float = Field(0, ge=0, description="time that nodes with the resources serve and train have to join")
+
 
 class AuroraConfig(_Branch):
     """Everything that one deployment of Aurora is told."""

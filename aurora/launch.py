@@ -19,6 +19,7 @@ import psutil
 from aurora.config import AuroraConfig, UserError
 from aurora.default_model import model_directory, resolve_model
 from aurora.deployment import NAMESPACE, Deployment, cpus_wanted, ray_logs
+from aurora.node_roles import await_roles
 from aurora.ray_access import require_token, stay_on_loopback
 from aurora.replicas import supervise
 from aurora.standby import Standby
@@ -143,8 +144,10 @@ def _start_ray(config: AuroraConfig) -> None:
         except (ConnectionError, ValueError) as error:
             raise UserError(
                 f"--address {config.cluster.address}: no Ray cluster answers there ({error}); start one with "
-                "`ray up ray_cluster.yaml`, or leave --address out"
+                "`aurora up ray_cluster.yaml`, or leave --address out"
             ) from error
+        roles = ("serve", "train") if config.learning else ("serve",)
+        await_roles(roles, ray.cluster_resources, config.cluster.wait_s)
         return
     cpus = max(os.cpu_count() or 1, cpus_wanted(config))
     for tried in range(1, _RAY_STARTS + 1):

@@ -35,7 +35,7 @@ from tests.waiting import wait_until
 ROLES = {"server": "ray::Server", "engine": "VLLM::EngineCore", "trainer": "ray::Trainer", "reporter": "ray::Reporter"}
 EVERY_S = 5.0
 GROWTH = 0.05  # of memory and open files over the quiet part that still counts as standing still
-_FLAGS = (*FLAGS, "--fixed-k=2", "--publish-interval=20", "--set=trainer.keep_versions=5")
+_FLAGS = (*FLAGS, "--fixed-k=2", "--publish-interval=20", "--set=trainer.keep_versions=5", "--set=trainer.replay_mib=8")
 
 
 @dataclass
