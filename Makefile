@@ -11,10 +11,10 @@ endif
 BIN := .venv/bin
 STAMP := .venv/.installed-$(EXTRA)
 
-.PHONY: help install serve test faults soak check audit sbom format bench lock clean
+.PHONY: help install serve test faults soak check audit sbom docs tutorial clients format bench lock clean
 
 help:
-	@echo "make install | serve [ARGS=...] | test | faults | soak [ARGS=...] | check | audit | sbom | format | bench [ARGS=...] |"
+	@echo "make install | serve [ARGS=...] | test | faults | soak [ARGS=...] | check | audit | sbom | docs | tutorial | clients | format | bench [ARGS=...] |"
 	@echo "     lock | clean     (EXTRA=$(EXTRA))"
 
 install: $(STAMP)
@@ -42,6 +42,15 @@ audit: install
 
 sbom: install
 	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --of JSON -o sbom.json $(BIN)/python
+
+docs: install
+	$(BIN)/python -m mkdocs build --strict
+
+tutorial: install
+	$(BIN)/python -m pytest tests/tutorial $(ARGS)
+
+clients: install
+	BIN=$(BIN) scripts/clients
 
 format: install
 	$(BIN)/ruff check --fix .
