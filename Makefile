@@ -14,8 +14,8 @@ STAMP := .venv/.installed-$(EXTRA)
 .PHONY: help install serve test faults soak check audit sbom docs tutorial clients format bench lock clean
 
 help:
-	@echo "make install | serve [ARGS=...] | test | faults | soak [ARGS=...] | check | audit | sbom | docs | tutorial | clients | format | bench [ARGS=...] |"
-	@echo "     lock | clean     (EXTRA=$(EXTRA))"
+	@echo "make install | serve [ARGS=...] | test | faults | soak [ARGS=...] | check | audit | sbom | format | bench [ARGS=...] |"
+	@echo "     docs | tutorial | clients | lock | clean     (EXTRA=$(EXTRA))"
 
 install: $(STAMP)
 

@@ -1,5 +1,6 @@
 """What a bench came to: speeds and latencies of every arm in every round, as a table and as rows of results."""
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -159,7 +160,12 @@ def show(result: BenchResult) -> None:
     table = Table(*heads(result))
     for row in result.rows():
         table.add_row(*cells_of(row))
-    Console().print(table)
+    wide_console().print(table)
+
+
+def wide_console() -> Console:
+    """One that cuts no table where the output is a file."""
+    return Console(width=None if sys.stdout.isatty() else 160)
 
 
 def heads(result: BenchResult) -> tuple[str, ...]:

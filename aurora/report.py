@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from aurora.bench_result import BenchResult, Cell, cells_of, heads
+from aurora.bench_result import BenchResult, Cell, cells_of, heads, wide_console
 from aurora.config import UserError, require_writable
 from aurora.report_page import Grid, Section, latency_plot, page, speed_plot
 from aurora.results import change_interval, median_interval
@@ -167,7 +167,7 @@ def _shown(value: object, first: object) -> str:
 
 
 def _print(title: str, grid: Grid) -> None:
-    table = Table(*grid.heads, title=title)
+    table = Table(*map(escape, grid.heads), title=escape(title))
     for row in grid.rows:
-        table.add_row(*row)
-    Console().print(table)
+        table.add_row(*map(escape, row))
+    wide_console().print(table)

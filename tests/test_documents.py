@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from aurora.alarms import KINDS, UNSAVED
 from aurora.cli import _parser
 from aurora.options import read_config
 from tests.documents import ROOT, Block, aurora_commands, blocks
@@ -65,6 +66,16 @@ def test_every_aurora_command_parses(page: str, capsys: pytest.CaptureFixture[st
             except (SystemExit, ValueError) as error:
                 raise AssertionError(f"{block.file}:{block.line}: aurora {' '.join(arguments)}: {error}") from error
     assert capsys.readouterr().err == ""
+
+
+def test_every_alarm_has_a_section_of_the_runbook() -> None:
+    sections = re.split(r"^## (\w+)$", (ROOT / "docs" / "runbook.md").read_text(), flags=re.MULTILINE)[1:]
+    found = dict(zip(sections[::2], sections[1::2], strict=True))
+    assert {*KINDS, UNSAVED} <= found.keys()
+    for name, text in found.items():
+        assert name == name.lower()
+        parts = ("**Meaning.**", "**Check", "**Action.**") if "**Check and action.**" not in text else ("**Meaning.**",)
+        assert all(part in text for part in parts), name
 
 
 def test_commands_are_found_where_they_stand() -> None:
