@@ -11,11 +11,11 @@ endif
 BIN := .venv/bin
 STAMP := .venv/.installed-$(EXTRA)
 
-.PHONY: help install serve test gpu faults soak check audit sbom format bench lock clean
+.PHONY: help install serve test gpu faults soak tutorial clients check audit sbom docs format bench lock clean
 
 help:
-	@echo "make install | serve [ARGS=...] | test | gpu | faults | soak [ARGS=...] | check | audit | sbom | format | bench [ARGS=...] |"
-	@echo "     lock | clean     (EXTRA=$(EXTRA))"
+	@echo "make install | serve [ARGS=...] | test | gpu | faults | soak [ARGS=...] | tutorial | clients | check | audit | sbom |"
+	@echo "     docs | format | bench [ARGS=...] | lock | clean     (EXTRA=$(EXTRA))"
 
 install: $(STAMP)
 
@@ -45,6 +45,15 @@ audit: install
 
 sbom: install
 	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --of JSON -o sbom.json $(BIN)/python
+
+docs: install
+	$(BIN)/python -m mkdocs build --strict
+
+tutorial: install
+	$(BIN)/python -m pytest tests/tutorial $(ARGS)
+
+clients: install
+	BIN=$(BIN) scripts/clients
 
 format: install
 	$(BIN)/ruff check --fix .

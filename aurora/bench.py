@@ -4,7 +4,8 @@ Every arm is a whole `aurora serve`; all of them are up at once and requests go 
 from round to round, so that whatever else the machine does hits all arms alike. Each round sends every arm the same
 prompts; an arm's ratio is to `--no-speculation` within the round, and the median over the rounds is what counts. Tokens
 per second are those of a full server, until one of the requests that may be open at once is missing. With `--json FILE`
-a run that was cut off goes on where it stopped, and one that is complete is shown again.
+a run that was cut off goes on where it stopped, and one that is complete is shown again. With `--url NAME=URL` the arms
+are endpoints that run already, whatever serves them; the first one is what the others are compared with.
 """
 
 import asyncio
@@ -28,9 +29,10 @@ from aurora.bench_result import BASELINE, BenchResult, Cell, Measurement, full_t
 from aurora.config import DEFAULT_MODEL, UserError, require_positive, require_writable
 from aurora.local_server import LocalServer
 from aurora.prompts import Conversation, read_prompts
+from aurora.report import BenchRun, versions, write_html
 from aurora.results import read_rows, write_rows
 from aurora.scrape import Scrape, parse_scrape, tokens_per_step
-from aurora.sender import Record, Sender
+from aurora.sender import Record, Sender, one_line
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -45,7 +47,11 @@ ARMS = {
     "learning": "the same with a trainer beside it",
 }
 _FIXED = re.compile(r"(fixed|table)-([1-9]|1[0-6])")
-_FLAGS = {"datasets": "--dataset", "loads": "--concurrency"}  # of options that are not named like theirs
+_FLAGS = {
+    "datasets": "--dataset",
+    "loads": "--concurrency",
+    "urls": "--url",
+}  # of options that are not named like theirs
 _LOOKUP_K = 3  # drafts of vLLM's prompt lookup
 _REQUEST_TIMEOUT_S = 600.0
 _COUNTER_LIMIT_S = 30.0
@@ -87,7 +93,9 @@ class BenchOptions:
     max_tokens: int = 64
     arms: tuple[str, ...] = ("fixed-3", "vllm-ngram", "portfolio")  # keys of ARMS, beside the baseline
     batch_table: tuple[tuple[int, int], ...] = ((1, 4), (2, 3), (4, 2), (8, 1), (12, 0))  # (from requests, length)
+    urls: tuple[tuple[str, str], ...] = ()  # (name, URL) of endpoints to compare instead; the baseline first
     json_file: Path | None = None
+    html: Path | None = None  # report
     results: Path | None = None  # file of rows (`aurora.results`)
     experiment: str = "live"  # name of these rows
     cell: str = ""  # what the prompts are, in these rows; default: the data set's name
@@ -114,8 +122,28 @@ class BenchOptions:
             raise UserError(f"--dataset: {twice[0]} names two data sets; rename one, so that their cells differ")
         if self.cell and len(self.datasets) > 1:
             raise UserError(f"--cell {self.cell}: names one data set; there are {len(self.datasets)}")
+        self._check_urls()
         require_writable("--json", self.json_file)
+        require_writable("--html", self.html)
         require_writable("--results", self.results)
+
+    def _check_urls(self) -> None:
+        if not self.urls:
+            return
+        names = [name for name, _ in self.urls]
+        if len(set(names)) < max(len(names), 2):
+            raise UserError(f"--url {', '.join(names)}: give two endpoints or more, each with a name of its own")
+        for name, url in self.urls:
+            if not url.startswith(("http://", "https://")):
+                raise UserError(f"--url {name}={url}: no URL; give one such as http://127.0.0.1:8000")
+        if self.drafter is not None or self.vllm_args:
+            given = "--drafter" if self.drafter is not None else self.vllm_args[0]
+            raise UserError(f"{given}: nothing is started with --url; leave it out, or give it to the server")
+
+    @property
+    def names(self) -> list[str]:
+        """Of the arms, the baseline first."""
+        return [name for name, _ in self.urls] or list(arms(self))
 
 
 def run(options: BenchOptions) -> int:
@@ -127,22 +155,26 @@ def run(options: BenchOptions) -> int:
     if not _is_complete(result, prompts, options):
         result = _measure_all(result, prompts, options)
     show(result)
+    _keep(result, options, result.rows())
+    if options.html is not None:
+        write_html(options.html, [BenchRun("this run", result, _identity(options), versions())])
     if options.results is not None:
         write_rows(options.results, result.published(options.experiment, options.cell))
-    _keep(result, options, result.rows())
     return 0
 
 
 def _is_complete(result: BenchResult, prompts: Mapping[str, Sequence[Conversation]], options: BenchOptions) -> bool:
     done = {m.place for m in result.measurements}
     rounds = _rounds(prompts, options)
-    return all((cell, arm, number) in done for cell, number, _ in rounds if number for arm in arms(options))
+    return all((cell, arm, number) in done for cell, number, _ in rounds if number for arm in options.names)
 
 
 def _measure_all(
     before: BenchResult, prompts: Mapping[str, Sequence[Conversation]], options: BenchOptions
 ) -> BenchResult:
-    """Start the arms and measure what is missing."""
+    """Measure what is missing; starts the arms unless they are endpoints that run already."""
+    if options.urls:
+        return asyncio.run(measure(dict(options.urls), prompts, options, before=before))
     signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))  # so that the servers end with us
     with tempfile.TemporaryDirectory(prefix="aurora-bench-") as scratch, ExitStack() as stack:
         servers: dict[str, LocalServer] = {}
@@ -167,7 +199,8 @@ def _measure_all(
 
 def _identity(options: BenchOptions) -> dict[str, str]:
     """What must be the same for a run to go on, by name."""
-    left_out = ("json_file", "results", "experiment", "cell", "rounds")
+    left_out = ["json_file", "html", "results", "experiment", "cell", "rounds"]
+    left_out += ["arms", "model", "batch_table"] if options.urls else ["urls"]
     return {name: str(value) for name, value in asdict(options).items() if name not in left_out}
 
 
@@ -175,18 +208,17 @@ def measured(options: BenchOptions) -> BenchResult:
     """What an earlier run measured. Raises UserError when the file holds something else."""
     file = options.json_file
     if file is None or not file.exists():
-        return BenchResult()
+        return BenchResult(baseline=options.names[0])
     try:
         kept = json.loads(file.read_text())
-        found = [Measurement(**each | {"latency_s": tuple(each["latency_s"])}) for each in kept["rounds"]]
-        costs = dict(kept["step_costs"])
-        differs = [name for name, value in _identity(options).items() if kept["options"][name] != value]
+        found = BenchResult.of(kept)
+        differs = [name for name, value in _identity(options).items() if kept["options"].get(name) != value]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--json {file}: exists and is no bench to go on with ({error!r}); give another") from error
     if differs:
         flag = _FLAGS.get(differs[0], "--" + differs[0].replace("_", "-"))
         raise UserError(f"--json {file}: holds a bench with another {flag}; give another file, or remove it")
-    return BenchResult(found, costs)
+    return found
 
 
 def _keep(result: BenchResult, options: BenchOptions, rows: Iterable[object] = ()) -> None:
@@ -196,6 +228,8 @@ def _keep(result: BenchResult, options: BenchOptions, rows: Iterable[object] = (
         return
     content = {
         "options": _identity(options),
+        "baseline": result.baseline,
+        "versions": versions(),
         "rows": list(rows),
         "rounds": [asdict(m) for m in result.measurements],
         "step_costs": result.step_costs,
@@ -246,7 +280,7 @@ async def measure(
     let_train: is told whose trainer may compute, because on an idle server it takes all it gets. before: what need not
     be measured again.
     """
-    result = BenchResult() if before is None else before
+    result = BenchResult(baseline=next(iter(servers))) if before is None else before
     done = {m.place for m in result.measurements}
     names = list(servers)
     with Progress(console=Console(stderr=True)) as progress:
@@ -266,7 +300,7 @@ async def measure(
                         _keep(result, options)
                 progress.advance(task)
     for url in servers.values():
-        result.step_costs = await _step_costs(url) or result.step_costs
+        result.step_costs = await _step_costs(url, options) or result.step_costs
     return result
 
 
@@ -286,11 +320,11 @@ def _rounds(
                 sent[dataset] += count
 
 
-async def _step_costs(url: str) -> dict[str, float]:
+async def _step_costs(url: str, options: BenchOptions) -> dict[str, float]:
     import openai
 
     async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=_api_key(), max_retries=0) as client:
-        return (await _scrape(client, url)).step_costs
+        return (await _scrape(client, url, options)).step_costs
 
 
 async def _send(
@@ -302,7 +336,7 @@ async def _send(
     records: list[Record] = []
     queue = iter(batch)
     async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=_api_key(), max_retries=0) as client:
-        model = (await client.models.list()).data[0].id
+        model = await _model(client, url)
         fields = {"model": model, "temperature": cell.temperature, "max_tokens": options.max_tokens}
         sender = Sender(client, fields, _REQUEST_TIMEOUT_S)
 
@@ -310,7 +344,7 @@ async def _send(
             for conversation in queue:
                 await sender.converse(conversation, records)
 
-        before = await _scrape(client, url)
+        before = await _scrape(client, url, options)
         async with asyncio.TaskGroup() as tasks:
             for _ in range(cell.concurrency):
                 tasks.create_task(work())
@@ -318,7 +352,7 @@ async def _send(
         if failed:
             raise UserError(f"{url}: {len(failed)} of {len(records)} requests failed, the first with: {failed[0]}")
         tokens = sum(r.completion_tokens for r in records)
-        after = await _scrape_after(client, url, before, tokens)
+        after = await _scrape_after(client, url, before, tokens, options)
     return full_throughput(records), tokens_per_step(before, after), tokens, tuple(r.latency_s for r in records)
 
 
@@ -326,17 +360,37 @@ def _api_key() -> str:
     return os.environ.get("AURORA_API_KEY") or "none"
 
 
-async def _scrape(client: "AsyncOpenAI", url: str) -> Scrape:
-    return parse_scrape(await client.get(f"{url}/metrics", cast_to=str))
+async def _model(client: "AsyncOpenAI", url: str) -> str:
+    """The first model that the endpoint lists. Raises UserError where none answers or none is listed."""
+    import openai
+
+    try:
+        return (await client.models.list()).data[0].id
+    except (openai.OpenAIError, IndexError) as error:
+        raise UserError(f"{url}: lists no model ({one_line(error)}); start it, or correct --url") from error
 
 
-async def _scrape_after(client: "AsyncOpenAI", url: str, before: Scrape, tokens: int) -> Scrape:
+async def _scrape(client: "AsyncOpenAI", url: str, options: BenchOptions) -> Scrape:
+    """The endpoint's counters; one that we did not start need not have any."""
+    import openai
+
+    try:
+        return parse_scrape(await client.get(f"{url}/metrics", cast_to=str))
+    except (openai.APIStatusError, ValueError):
+        if options.urls:
+            return Scrape()
+        raise
+
+
+async def _scrape_after(client: "AsyncOpenAI", url: str, before: Scrape, tokens: int, options: BenchOptions) -> Scrape:
     """The counters once they hold `tokens` more: they lag the engine by a collection. Without speculation: as they are.
 
     Raises UserError when they do not get there: then tokens are not counted as they should be.
     """
     end = time.monotonic() + _COUNTER_LIMIT_S
-    while (after := await _scrape(client, url)).live_version is not None and after.emitted - before.emitted < tokens:
+    while (after := await _scrape(client, url, options)).live_version is not None:
+        if after.emitted - before.emitted >= tokens:
+            break
         if time.monotonic() > end:
             counted = after.emitted - before.emitted
             raise UserError(f"{url}/metrics counts {counted:.0f} tokens of {tokens}: are others using this server?")

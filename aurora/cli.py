@@ -18,6 +18,7 @@ from aurora.command_options import (
     add_purge_options,
     add_record_options,
     add_replay_options,
+    add_report_options,
     add_simulate_options,
     add_traffic_options,
     add_train_options,
@@ -60,6 +61,8 @@ def _parser() -> argparse.ArgumentParser:
     config = commands.add_parser("config", help="look at the configuration", allow_abbrev=False)
     shown = config.add_subparsers(required=True, metavar="COMMAND")
     _add_serve(shown, "show", _config_show, "print the configuration in effect", "Print the configuration as YAML.")
+    reference = shown.add_parser("reference", help="every key, its bounds and meaning (Markdown)", allow_abbrev=False)
+    reference.set_defaults(run=_config_reference, passes_rest=False)
     _add_traffic(commands)
     bench = commands.add_parser(
         "bench",
@@ -84,6 +87,9 @@ def _parser() -> argparse.ArgumentParser:
     curves = commands.add_parser("curves", help="draw replays over their requests", allow_abbrev=False)
     add_curve_options(curves)
     curves.set_defaults(run=_curves, passes_rest=False)
+    report = commands.add_parser("report", help="compare runs of bench or traffic", allow_abbrev=False)
+    add_report_options(report)
+    report.set_defaults(run=_report, passes_rest=False)
     train = commands.add_parser("train", help="train a drafter on logged traces", allow_abbrev=False)
     add_train_options(train)
     train.set_defaults(run=_train, passes_rest=False)
@@ -143,6 +149,13 @@ def _config_show(known: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
+def _config_reference(_known: argparse.Namespace, _rest: list[str]) -> int:
+    from aurora.config_reference import reference
+
+    print(reference(), end="")
+    return 0
+
+
 def _purge(known: argparse.Namespace, _rest: list[str]) -> int:
     from aurora.trace_log import purge
 
@@ -188,6 +201,7 @@ def _bench(known: argparse.Namespace, rest: list[str]) -> int:
     from aurora.bench import BenchOptions, Load, run
 
     mine = {"datasets": tuple(known.datasets), "loads": tuple(Load(*each) for each in known.loads)}
+    mine |= {"urls": tuple(known.urls)}
     return run(BenchOptions(**_options(known) | mine, **_model_options(rest)))
 
 
@@ -207,6 +221,12 @@ def _curves(known: argparse.Namespace, _rest: list[str]) -> int:
     from aurora.curves import CurveOptions, run
 
     return run(CurveOptions(**_options(known) | {"files": tuple(known.files)}))
+
+
+def _report(known: argparse.Namespace, _rest: list[str]) -> int:
+    from aurora.report import ReportOptions, run
+
+    return run(ReportOptions(tuple(known.files), known.html))
 
 
 def _train(known: argparse.Namespace, _rest: list[str]) -> int:

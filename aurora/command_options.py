@@ -116,7 +116,17 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
         help="lengths of vllm-batch-table, each from a number of requests on (default: %(default)s, which `aurora "
         "simulate` finds for the default model on two cores)",
     )
+    add(
+        "--url",
+        dest="urls",
+        type=_named_url,
+        action="append",
+        default=[],
+        metavar="NAME=URL",
+        help="compare endpoints that run already, whatever serves them; the first is the baseline (repeatable)",
+    )
     add("--json", dest="json_file", type=Path, metavar="FILE", help="keep every round there; a run cut off goes on")
+    add("--html", type=Path, metavar="FILE", help="write a report there: one page that needs nothing else")
     add("--results", type=Path, metavar="FILE", help="put rows of results there")
     add("--experiment", default="live", metavar="NAME", help="of these rows (default: %(default)s)")
     add("--cell", default="", metavar="NAME", help="of the prompts in these rows; default: the data set's name")
@@ -303,6 +313,21 @@ def _pairs(text: str) -> tuple[tuple[int, int], ...]:
         return tuple((int(n), int(k)) for n, _, k in (part.partition(":") for part in text.split(",")))
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text}: give N:K,N:K with whole numbers, such as 1:4,8:1") from error
+
+
+def _named_url(text: str) -> tuple[str, str]:
+    """`name=http://host:port/v1` as (name, http://host:port)."""
+    name, _, url = text.partition("=")
+    if not name or not url:
+        raise argparse.ArgumentTypeError(f"{text}: give NAME=URL, such as plain=http://127.0.0.1:8000")
+    return name, url.rstrip("/").removesuffix("/v1")
+
+
+def add_report_options(parser: argparse.ArgumentParser) -> None:
+    """The flags of `aurora report`; names and defaults are those of `ReportOptions`, which checks the values."""
+    add = parser.add_argument
+    add("files", type=Path, nargs="+", metavar="RUN", help="files that `aurora bench --json` or `traffic --json` wrote")
+    add("--html", type=Path, metavar="OUT", help="write a report there, too: one page that needs nothing else")
 
 
 def _loads(text: str) -> tuple[tuple[int, float], ...]:

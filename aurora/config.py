@@ -50,12 +50,12 @@ def cache_root() -> Path:
 class ServerConfig(_Branch):
     """The HTTP endpoint and the engine behind it."""
 
-    host: str = "127.0.0.1"
-    port: int = Field(8000, ge=0, le=65535)
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     api_key_file: Path | None = Field(None, description="file with one API key a line; AURORA_API_KEY works too")
     num_cpus: float | None = Field(None, gt=0, description="Ray CPUs of the server; default: all but the trainer's")
-    num_gpus: float = Field(0, ge=0)
-    start_timeout_s: float = Field(900, gt=0)
+    num_gpus: float = Field(0, ge=0, description="Ray GPUs of the server")
+    start_timeout_s: float = Field(900, gt=0, description="a server that has not started by then is given up")
     insecure: bool = Field(False, description="listen beyond this machine without an API key, use an open Ray cluster")
     drain_s: float = Field(30, ge=0, description="time that open requests have to finish after a stop")
     hang_s: float = Field(300, gt=0, description="an engine that takes longer than that for a step is started anew")
@@ -79,7 +79,7 @@ Objective = Literal["goodput", "latency", "slo"]
 class SpeculationConfig(_Branch):
     """Drafting and the choice of its length."""
 
-    enabled: bool = True
+    enabled: bool = Field(True, description="false: decode plainly")
     k_max: int = Field(4, ge=1, le=16, description="longest draft; the engine reserves KV slots for it")
     fixed_k: int | None = Field(None, ge=0, le=16, description="same k for every request instead of the goodput rule")
     objective: Objective = Field(
@@ -100,7 +100,9 @@ class SpeculationConfig(_Branch):
     drafter: Path | None = Field(None, description="drafter directory to start from; default: made from the target")
     draft_vocab: int = Field(8192, ge=256, description="tokens that the drafter can propose")
     draft_layers: int = Field(2, ge=1, description="layers of the draft model, taken from the target at first")
-    sample_drafts: Literal["greedy", "probabilistic"] = "greedy"
+    sample_drafts: Literal["greedy", "probabilistic"] = Field(
+        "greedy", description="how the neural drafter picks tokens for requests that sample"
+    )
     calibrate: bool = Field(True, description="measure step costs at the first start with a model, machine and flags")
     exploration: float = Field(0.01, ge=0, le=0.5, description="share of the engine's steps lost to exploring")
     step_log: Path | None = Field(None, description="file that gets a line for each step: work, time, tokens; no text")
@@ -161,10 +163,12 @@ class RLConfig(_Branch):
 class TrainerConfig(_Branch):
     """Online distillation."""
 
-    enabled: bool = True
-    learning_rate: float = Field(5e-4, gt=0)
-    warmup_steps: int = Field(20, ge=1)
-    loss: Literal["forward_kl", "reverse_kl", "jensen_shannon", "total_variation", "accepted_length"] = "forward_kl"
+    enabled: bool = Field(True, description="false: serve without a trainer")
+    learning_rate: float = Field(5e-4, gt=0, description="of the optimiser, after the warm-up")
+    warmup_steps: int = Field(20, ge=1, description="steps over which the learning rate rises from 0")
+    loss: Literal["forward_kl", "reverse_kl", "jensen_shannon", "total_variation", "accepted_length"] = Field(
+        "forward_kl", description="what imitation minimises, a row"
+    )
     target_top_m: int = Field(0, ge=0, description="distil from the target's m likeliest tokens and one rest; 0: all")
     ttt_steps: int = Field(3, ge=1, le=16, description="training-time-test depth: steps on the drafter's own states")
     depth_decay: float = Field(0.8, gt=0, le=1, description="loss weight of depth j is depth_decay ** j")
@@ -172,7 +176,7 @@ class TrainerConfig(_Branch):
     rejected_weight: float = Field(0.0, ge=0, description="loss weight of rows on rejected branches; 0 leaves them out")
     rl: RLConfig = RLConfig()
     batch_rows: int = Field(256, ge=8, description="rollout starts an optimiser step")
-    grad_clip: float = Field(1.0, gt=0)
+    grad_clip: float = Field(1.0, gt=0, description="largest norm of a step's gradient")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="of matrix products; weights stay fp32")
     replay_mib: int = Field(1024, ge=8, description="bound of the replay; the oldest sequences leave first")
     max_staleness: int = Field(8, ge=0, description="versions after which drafts no longer count as on-policy")
@@ -180,19 +184,19 @@ class TrainerConfig(_Branch):
     draft_model_share: float = Field(
         0.5, gt=0, lt=1, description="share of training time that the draft model gets beside the neural drafter"
     )
-    publish_interval_s: float = Field(60, gt=0)
+    publish_interval_s: float = Field(60, gt=0, description="time between candidate drafters")
     gate_sequences: int = Field(16, ge=1, description="newest held-out requests on which a candidate is judged")
     gate_margin: float = Field(0.0, description="acceptance length that a candidate must gain over the live drafter")
     revocab_gain: float = Field(0.005, gt=0, description="coverage that a new draft vocabulary must add to be adopted")
-    checkpoint_interval_s: float = Field(60, gt=0)
+    checkpoint_interval_s: float = Field(60, gt=0, description="time between checkpoints of the trainer")
     threads: int = Field(1, ge=1, description="CPU threads of the trainer")
     nice: int = Field(19, ge=0, le=19, description="scheduling priority of the trainer process; 19 is the lowest")
     duty: float = Field(0.5, gt=0, le=1, description="share of wall time to compute in while requests are open")
     drift_duty: float = Field(1.0, gt=0, le=1, description="the same after drift, until the drafter has caught up")
     drift_limit_s: float = Field(600, gt=0, description="longest time that drift raises the share")
-    num_gpus: float = Field(0, ge=0)
-    keep_versions: int = Field(8, ge=2)
-    seed: int = 0
+    num_gpus: float = Field(0, ge=0, description="Ray GPUs of the trainer")
+    keep_versions: int = Field(8, ge=2, description="drafter versions kept in the store; older ones are removed")
+    seed: int = Field(0, description="of the trainer's draws")
 
     @property
     def learns_rejected(self) -> bool:
@@ -215,9 +219,11 @@ class TrainerConfig(_Branch):
 class ReporterConfig(_Branch):
     """The W&B run."""
 
-    mode: Literal["offline", "online", "disabled"] = "offline"
-    project: str = "aurora"
-    interval_s: float = Field(5, gt=0)
+    mode: Literal["offline", "online", "disabled"] = Field(
+        "offline", description="offline writes to RUN_DIR/wandb, online reports live, disabled starts no Reporter"
+    )
+    project: str = Field("aurora", description="W&B project")
+    interval_s: float = Field(5, gt=0, description="time between rows of serving")
 
 
 class ClusterConfig(_Branch):
@@ -255,7 +261,9 @@ class AuroraConfig(_Branch):
 
     model: str = Field(DEFAULT_MODEL, min_length=1, description="local directory, hub name or the default model")
     run_dir: Path = Field(Path("runs/default"), description="drafter store, checkpoints and W&B files")
-    cache_dir: Path = Field(default_factory=cache_root)
+    cache_dir: Path = Field(
+        default_factory=cache_root, description="what can be made again: the default model, step costs"
+    )
     vllm_args: tuple[str, ...] = Field((), description="flags passed to vLLM as they are")
     server: ServerConfig = ServerConfig()
     limits: LimitsConfig = LimitsConfig()

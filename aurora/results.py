@@ -7,9 +7,9 @@ of the same experiment, cell, policy and metric are replaced, all others are lef
 import json
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -36,6 +36,29 @@ class Row(NamedTuple):
 def half_width(values: Sequence[float]) -> float:
     """Half the width of the 95 % confidence interval of the mean of at least two values (Student's t)."""
     return float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """The 95 % confidence interval of the median, by bootstrap; None for fewer than two values.
+
+    With the handful of rounds that a bench has it says how much the rounds differ and little more: of two values it is
+    their range.
+    """
+    return _interval((values,), lambda x, axis: np.median(x, axis=axis))
+
+
+def change_interval(before: Sequence[float], after: Sequence[float]) -> tuple[float, float] | None:
+    """The same of the median of `after` over that of `before`, which were measured apart; None if one has under two."""
+    return _interval((after, before), lambda a, b, axis: np.median(a, axis=axis) / np.median(b, axis=axis))
+
+
+def _interval(samples: Sequence[Sequence[float]], statistic: Callable[..., Any]) -> tuple[float, float] | None:
+    """Percentile bootstrap, with the same draws each time; a statistic that never varies is its own interval."""
+    if min(map(len, samples)) < 2:
+        return None
+    arrays = tuple(np.asarray(sample, np.float64) for sample in samples)
+    found = stats.bootstrap(arrays, statistic, method="percentile", vectorized=True, rng=0).confidence_interval
+    return float(found.low), float(found.high)
 
 
 def command_line() -> str:

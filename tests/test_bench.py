@@ -11,6 +11,7 @@ import pytest
 
 from aurora.bench import ARMS, BenchOptions, Load, arms, measure, measured, run
 from aurora.bench_result import BASELINE, BenchResult, Cell, Measurement, full_throughput
+from aurora.cli import _parser
 from aurora.config import AuroraConfig, UserError
 from aurora.options import add_config_options, read_config
 from aurora.prompts import Conversation
@@ -220,3 +221,46 @@ def test_a_bench_that_is_complete_is_shown_again(urls: dict[str, str], tmp_path:
     assert not _Endpoint.seen
     assert measured(options).step_costs == {"constant": 0.5}
     assert {row["policy"] for row in json.loads(rows.read_text())} == {"no_speculation", "table"}
+
+
+def test_endpoints_that_run_are_compared_with_the_first(urls: dict[str, str], tmp_path: Path) -> None:
+    """Whatever serves them: these have no counters, and one keeps its own name for the baseline."""
+    file, page = tmp_path / "bench.json", tmp_path / "report.html"
+    endpoints = (("theirs", urls[BASELINE]), ("ours", urls["x"]))
+    options = BenchOptions(urls=endpoints, rounds=2, requests=1, loads=(Load(1),), json_file=file, html=page)
+    assert run(options) == 0
+    order = [port for port, _ in _Endpoint.seen]
+    theirs, ours = (_port(url) for _, url in endpoints)
+    assert order == [theirs, ours, ours, theirs, theirs, ours], "a warm-up, then two rounds in turn"
+    result = measured(options)
+    assert result.baseline == "theirs"
+    assert [row["arm"] for row in result.rows()] == ["theirs", "ours"]
+    assert {row["ratio"] for row in result.rows() if row["arm"] == "theirs"} == {1.0}
+    assert page.read_text().startswith("<!DOCTYPE html>")
+    _Endpoint.seen = []
+    assert run(replace(options, rounds=1)) == 0
+    assert not _Endpoint.seen, "what is complete is not sent again"
+    with pytest.raises(UserError, match="holds a bench with another --url;"):
+        measured(replace(options, urls=(*endpoints, ("third", urls["x"]))))
+
+
+def test_endpoints_that_cannot_be_compared() -> None:
+    one, other = ("a", "http://127.0.0.1:1"), ("b", "http://127.0.0.1:2")
+    for wrong in ((one,), (one, ("a", "http://127.0.0.1:2"))):
+        with pytest.raises(UserError, match=r"--url a.*: give two endpoints or more, each with a name of its own"):
+            BenchOptions(urls=wrong)
+    with pytest.raises(UserError, match="--url b=ftp://x: no URL"):
+        BenchOptions(urls=(one, ("b", "ftp://x")))
+    with pytest.raises(UserError, match="--max-model-len=9: nothing is started with --url"):
+        BenchOptions(urls=(one, other), vllm_args=("--max-model-len=9",))
+    with pytest.raises(UserError, match="--drafter: nothing is started with --url"):
+        BenchOptions(urls=(one, other), drafter=Path("d"))
+    with pytest.raises(UserError, match=r"http://127.0.0.1:1: lists no model \(.*\); start it, or correct --url"):
+        run(BenchOptions(urls=(one, other), rounds=1))
+
+
+def test_urls_are_taken_with_or_without_their_version() -> None:
+    known = _parser().parse_args(["bench", "--url", "a=http://h:1/v1/", "--url", "b=http://h:2"])
+    assert known.urls == [("a", "http://h:1"), ("b", "http://h:2")]
+    with pytest.raises(SystemExit, match="2"):
+        _parser().parse_args(["bench", "--url", "http:"])
