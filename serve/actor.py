@@ -31,6 +31,7 @@ from serve.feedback import (
     swap_forever,
 )
 from serve.health import end_with_engine
+from serve.history import History
 from serve.http import bind, serve_http, url_of
 from serve.load import Hear, LoadTeller, tell_forever
 
@@ -59,6 +60,7 @@ class Server:
         self.reporter = _find(reporter)
         self._http: Any = None
         self._admission = Admission(0)
+        self._history = History(REGISTRY, {"eagle3": config.store_dir, "model": config.draft_model_dir})
         self._ready = asyncio.Event()
         self._ended = asyncio.Event()
         self._collecting: asyncio.Task[None] | None = None
@@ -75,7 +77,7 @@ class Server:
         self._admission = Admission(_places(engine, self.config))
         self._admission.engine_died = lambda: engine.client.errored
         loops = await self._start_loops(engine)
-        self._http = await serve_http(engine, self.config, sock, self._keys, self._admission)
+        self._http = await serve_http(engine, self.config, sock, self._keys, self._admission, history=self._history)
         self._url = url_of(sock, engine.args)
         sock.listen(_BACKLOG)  # from here on a connection waits instead of being refused
         self._ready.set()
@@ -127,7 +129,7 @@ class Server:
         teller = LoadTeller(engine.drafter.number, hear, exporter)
         report_to = teller.completed(_report_to(self.reporter, exporter)) if self.reporter is not None else None
         guard = VersionGuard(engine.drafter.number)
-        observers = [exporter.update, guard.observe, teller.observe]
+        observers = [exporter.update, guard.observe, teller.observe, self._history.observe]
         if _explores(self.config):
             observers.append(partial(_sound, SpeculationAlarms(), exporter))
         loops = [
