@@ -128,13 +128,13 @@ def tab(chromium: Any, served: Served) -> Iterator[Any]:
 
 
 def _sign_in(tab: Any) -> None:
-    tab.get_by_label("Key").fill(KEY)
-    tab.get_by_label("Key").press("Enter")
+    tab.get_by_label("Key", exact=True).fill(KEY)
+    tab.get_by_label("Key", exact=True).press("Enter")
     tab.locator("#connection.live").wait_for()
 
 
 def test_the_key_is_asked_for_and_kept_in_this_tab_only(tab: Any) -> None:
-    tab.get_by_label("Key").fill("wrong")
+    tab.get_by_label("Key", exact=True).fill("wrong")
     tab.get_by_role("button", name="Use this key").click()
     tab.locator("#key-wanted:not([hidden])").wait_for()
     assert tab.locator("#cards").inner_text() == ""

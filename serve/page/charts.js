@@ -1,14 +1,16 @@
 // Small charts as SVG: plain functions from numbers to elements. Colours are classes, so that the style sheet has them.
+// Widths are those of the place in pixels, so that letters have their size on every screen.
 
 /**
  * @typedef {{time: number, value: number | null}} Sample  time: seconds since the epoch
  * @typedef {{name: string, style: string, samples: Sample[]}} Series  style: a class of the style sheet
- * @typedef {{name: string, style: string, parts: {style: string, share: number, title: string}[], text: string}} Bar
+ * @typedef {{name: string, parts: {style: string, share: number, title: string}[], text: string}} Bar
  * @typedef {{row: number, time: number, style: string, mark: string, title: string}} Event
  */
 
 const SVG = "http://www.w3.org/2000/svg";
-const WIDTH = 560, HEIGHT = 190, LEFT = 40, RIGHT = 10, TOP = 10, BOTTOM = 24;
+const HEIGHT = 190, LEFT = 40, RIGHT = 10, TOP = 10, BOTTOM = 24;
+const LETTER = 7.5; // pixels of one, about
 const GAP_S = 60; // without a sample, in which a line is not drawn on
 
 /**
@@ -59,16 +61,16 @@ const short = (value) => String(Number(value.toPrecision(3)));
 /**
  * Lines over time.
  * @param {Series[]} series
- * @param {{from: number, to: number, low: number, high: number, line?: number, label: string}} scale
+ * @param {{from: number, to: number, low: number, high: number, width: number, line?: number, label: string}} scale
  *   line: a value to compare with; label: what a screen reader says
  */
 export function lines(series, scale) {
   const y = (/** @type {number} */ v) =>
     HEIGHT - BOTTOM - ((v - scale.low) / (scale.high - scale.low)) * (HEIGHT - TOP - BOTTOM);
-  const x = across(scale.from, scale.to);
+  const x = across(scale), right = scale.width - RIGHT;
   const grid = ticks(scale.low, scale.high).map((v) =>
     svg("g", {},
-      svg("line", { class: v === scale.line ? "compare" : "grid", x1: LEFT, x2: WIDTH - RIGHT, y1: y(v), y2: y(v) }),
+      svg("line", { class: v === scale.line ? "compare" : "grid", x1: LEFT, x2: right, y1: y(v), y2: y(v) }),
       svg("text", { class: "tick", x: LEFT - 6, y: y(v) + 4, "text-anchor": "end" }, short(v))));
   const drawn = series.flatMap(({ name, style, samples }) =>
     runs(samples).map((run) => {
@@ -79,57 +81,61 @@ export function lines(series, scale) {
       shape.append(svg("title", {}, name));
       return shape;
     }));
-  return picture(HEIGHT, scale.label, ...grid, ...times(scale, HEIGHT, x), ...drawn);
+  return picture(scale.width, HEIGHT, scale.label, ...grid, ...times(scale, HEIGHT, x), ...drawn);
 }
 
 /**
  * Marks on one line of time for each row.
  * @param {string[]} rows
  * @param {Event[]} events
- * @param {{from: number, to: number, label: string}} scale
+ * @param {{from: number, to: number, width: number, label: string}} scale
  */
 export function timeline(rows, events, scale) {
   const height = TOP + BOTTOM + 34 * rows.length;
   const y = (/** @type {number} */ row) => TOP + 34 * row + 22;
-  const x = across(scale.from, scale.to);
+  const x = across(scale), right = scale.width - RIGHT;
   const names = rows.map((name, row) =>
     svg("g", {},
-      svg("line", { class: "grid", x1: LEFT, x2: WIDTH - RIGHT, y1: y(row), y2: y(row) }),
+      svg("line", { class: "grid", x1: LEFT, x2: right, y1: y(row), y2: y(row) }),
       svg("text", { class: "tick", x: LEFT, y: y(row) - 11 }, name)));
   const marks = events
     .filter((event) => event.time >= scale.from && event.time <= scale.to)
     .map((event) =>
       svg("text", { class: `mark ${event.style}`, x: x(event.time), y: y(event.row) + 5, "text-anchor": "middle" },
         event.mark, svg("title", {}, event.title)));
-  return picture(height, scale.label, ...names, ...times(scale, height, x), ...marks);
+  return picture(scale.width, height, scale.label, ...names, ...times(scale, height, x), ...marks);
 }
 
 /**
  * A bar for each name, of parts that are shares of 1.
  * @param {Bar[]} bars
+ * @param {number} width
  * @param {string} label
  */
-export function bars(bars, label) {
+export function bars(bars, width, label) {
   const rows = bars.map((bar, i) => {
+    const room = Math.max(Math.floor(width / LETTER) - bar.text.length - 2, 4);
+    const name = bar.name.length > room ? `${bar.name.slice(0, room - 1)}…` : bar.name;
     let x = 0;
     const parts = bar.parts.map((part) => {
-      const width = part.share * WIDTH;
-      x += width;
-      const rect = svg("rect", { class: `fill ${part.style}`, x: x - width, y: 34 * i + 18, width, height: 12 });
+      const length = part.share * width;
+      x += length;
+      const at = { x: x - length, y: 34 * i + 18, width: length, height: 12 };
+      const rect = svg("rect", { class: `fill ${part.style}`, ...at });
       rect.append(svg("title", {}, part.title));
       return rect;
     });
     return svg("g", {},
-      svg("text", { class: "name", x: 0, y: 34 * i + 13 }, bar.name),
-      svg("text", { class: "name", x: WIDTH, y: 34 * i + 13, "text-anchor": "end" }, bar.text),
-      svg("rect", { class: "track", x: 0, y: 34 * i + 18, width: WIDTH, height: 12 }), ...parts);
+      svg("text", { class: "name", x: 0, y: 34 * i + 13 }, name, svg("title", {}, bar.name)),
+      svg("text", { class: "name", x: width, y: 34 * i + 13, "text-anchor": "end" }, bar.text),
+      svg("rect", { class: "track", x: 0, y: 34 * i + 18, width, height: 12 }), ...parts);
   });
-  return picture(34 * bars.length, label, ...rows);
+  return picture(width, 34 * bars.length, label, ...rows);
 }
 
-/** @param {number} from @param {number} to */
-const across = (from, to) => (/** @type {number} */ time) =>
-  LEFT + ((time - from) / (to - from)) * (WIDTH - LEFT - RIGHT);
+/** @param {{from: number, to: number, width: number}} scale */
+const across = ({ from, to, width }) => (/** @type {number} */ time) =>
+  LEFT + ((time - from) / (to - from)) * (width - LEFT - RIGHT);
 
 /** @param {{from: number, to: number}} scale @param {number} height @param {(time: number) => number} x */
 function times(scale, height, x) {
@@ -140,7 +146,7 @@ function times(scale, height, x) {
   });
 }
 
-/** @param {number} height @param {string} label @param {...Node} children */
-function picture(height, label, ...children) {
-  return svg("svg", { viewBox: `0 0 ${WIDTH} ${height}`, role: "img", "aria-label": label }, ...children);
+/** @param {number} width @param {number} height @param {string} label @param {...Node} children */
+function picture(width, height, label, ...children) {
+  return svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": label }, ...children);
 }

@@ -7,6 +7,7 @@ import { HOUR_S, alarms, cards, domains, sources, speed, versions } from "./view
 /** @typedef {import("./views.js").Data} Data */
 
 const POLL_MS = 3000;
+const LEAST_WIDTH = 200; // pixels
 
 /** @param {string} id @returns {any} */
 const byId = (id) => document.getElementById(id);
@@ -45,7 +46,7 @@ function show(data) {
   for (const [id, view] of Object.entries({ speed, domains, sources, versions })) {
     const place = byId(id), scrolled = place.querySelector(".scroll")?.scrollTop ?? 0;
     if (place.contains(document.activeElement)) continue; // whoever reads there is not disturbed
-    place.replaceChildren(...view(data));
+    place.replaceChildren(...view(data, Math.max(place.clientWidth, LEAST_WIDTH)));
     const again = place.querySelector(".scroll");
     if (again) again.scrollTop = scrolled;
   }

@@ -71,19 +71,19 @@ export function alarms(data) {
     element("li", {}, element("strong", {}, `Alarm ${kind}: `), `${meaning}; see docs/reliability.md.`));
 }
 
-/** @param {Data} data @returns {Node[]} */
-export function speed(data) {
+/** @param {Data} data @param {number} width @returns {Node[]} */
+export function speed(data, width) {
   const samples = data.points.map((point) => ({ time: point.time_s, value: point.speed_up }));
   const values = samples.flatMap(({ value }) => (value === null ? [] : [value]));
   if (!values.length) return [empty("No steps yet: send a request.")];
   const high = Math.max(1.5, ...values) * 1.05, low = Math.min(0.5, ...values);
   const label = `Estimated speed-up, ${values[values.length - 1].toFixed(2)} at last, ` +
     `from ${Math.min(...values).toFixed(2)} to ${Math.max(...values).toFixed(2)}`;
-  return [lines([{ name: "speed-up", style: "speed", samples }], { ...span(data), low, high, line: 1, label })];
+  return [lines([{ name: "speed-up", style: "speed", samples }], { ...span(data), width, low, high, line: 1, label })];
 }
 
-/** @param {Data} data @returns {Node[]} */
-export function domains(data) {
+/** @param {Data} data @param {number} width @returns {Node[]} */
+export function domains(data, width) {
   const recent = summed(data.points.filter((point) => point.time_s > data.now_s - RECENT_S));
   const total = Object.keys(recent).length ? recent : summed(data.points);
   const ranked = Object.entries(total).sort(([, a], [, b]) => b[0] - a[0]).slice(0, MOST_DOMAINS);
@@ -99,15 +99,15 @@ export function domains(data) {
   const rows = ranked.map(([name, [drafted, accepted]], i) => {
     const text = `${percent(accepted / drafted)} of ${counted(drafted, "drafts")}`;
     return {
-      name: name || "no domain", style: "", text,
+      name: name || "no domain", text,
       parts: [{ style: i < 5 ? `series-${i}` : "other", share: accepted / drafted, title: text }],
     };
   });
   const said = rows.map((row) => `${row.name} ${row.text}`).join(", ");
   const since = total === recent ? "the last five minutes" : "the last hour";
   return [
-    lines(series, { ...span(data), low: 0, high: 1, label: "Acceptance by domain over time" }),
-    bars(rows, `Acceptance by domain in ${since}: ${said}`),
+    lines(series, { ...span(data), width, low: 0, high: 1, label: "Acceptance by domain over time" }),
+    bars(rows, width, `Acceptance by domain in ${since}: ${said}`),
   ];
 }
 
@@ -124,15 +124,15 @@ function summed(points) {
   return total;
 }
 
-/** @param {Data} data @returns {Node[]} */
-export function sources(data) {
+/** @param {Data} data @param {number} width @returns {Node[]} */
+export function sources(data, width) {
   const rows = [
     ["last five minutes", data.points.filter((point) => point.time_s > data.now_s - RECENT_S)],
     ["last hour", data.points],
   ].flatMap(([name, points]) => sourceBar(String(name), /** @type {Point[]} */ (points)));
   if (!rows.length) return [empty("No tokens yet.")];
   const said = rows.map((row) => `${row.name}: ${row.parts.map((part) => part.title).join(", ")}`).join("; ");
-  return [bars(rows, `Who wrote the tokens. ${said}`), legend()];
+  return [bars(rows, width, `Who wrote the tokens. ${said}`), legend()];
 }
 
 /** @param {string} name @param {Point[]} points */
@@ -145,7 +145,7 @@ function sourceBar(name, points) {
   const parts = kinds.filter(({ count }) => count).map(({ kind, called, count }) => ({
     style: kind, share: count / all, title: `${called} ${percent(count / all)}`,
   }));
-  return [{ name, style: "", parts, text: counted(all, "tokens") }];
+  return [{ name, parts, text: counted(all, "tokens") }];
 }
 
 /** The colours of the sources and their names. */
@@ -155,8 +155,8 @@ export function legend() {
   return element("ul", { class: "legend" }, ...items);
 }
 
-/** @param {Data} data @returns {Node[]} */
-export function versions(data) {
+/** @param {Data} data @param {number} width @returns {Node[]} */
+export function versions(data, width) {
   const kinds = [...new Set([...data.versions, ...data.swaps].map((each) => each.kind))].sort();
   const happened = kinds.flatMap((kind, row) => history(data, kind).map((event) => ({ ...event, row, kind })));
   if (!happened.length) return [empty("No drafter learns here.")];
@@ -167,10 +167,10 @@ export function versions(data) {
     element("thead", {}, row("th", ["Time", "Drafter", "Version", "What"])),
     element("tbody", {}, ...newest.map((event) =>
       row("td", [clock(event.time), names[event.row], String(event.number), event.what]))));
-  const marks = ["○ published", "▲ swapped in", "✕ rejected or rolled back"];
+  const marks = ["○ published", "▲ swapped in", "✕ rejected or rolled back"].map((mark) => element("li", {}, mark));
   return [
-    timeline(names, happened, { ...span(data), label }),
-    element("p", { class: "note" }, marks.join("   ")),
+    timeline(names, happened, { ...span(data), width, label }),
+    element("ul", { class: "legend" }, ...marks),
     element("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Events of versions" }, table),
   ];
 }
