@@ -22,9 +22,12 @@ class EngineReport(msgspec.Struct, frozen=True, kw_only=True):
     accepted_at: dict[int, list[int]] = {}  # by drafter version, by position: times the draft was accepted
     verified_at: dict[int, list[int]] = {}  # by drafter version, by position: times it was verified
     first_drafts: dict[int, list[int]] = {}  # by drafter version: drafts made, and those whose first token was right
+    accepted_by_domain: dict[str, list[int]] = {}  # by domain: drafted tokens verified, and those accepted
+    tokens_by_source: dict[str, int] = {}  # emitted tokens by who wrote them, in the names of `aurora.trace.SOURCES`
     k_histogram: list[int] = []  # [k]: request steps with a draft of length k
     predicted_s: float = 0.0  # step time that the model predicted, over the steps that it predicted
     measured_s: float = 0.0  # what the same steps took
+    plain_s: float = 0.0  # what the model predicts for the same tokens without speculation, over these steps
     predicted_goodput: float = 0.0  # tokens/s of engine time that the goodput rule expects; 0 while it cannot tell
     step_error: float = 0.0  # median |predicted - measured| / measured; the latest window's
     step_costs: dict[str, float] = {}  # seconds of each part of a step, as last fitted (`aurora.step_time.COSTS`)
@@ -100,6 +103,11 @@ def tokens_per_s(report: EngineReport, elapsed_s: float | None = None) -> float 
     return report.emitted_tokens / seconds if seconds > 0 else None
 
 
+def speed_up(report: EngineReport) -> float | None:
+    """Estimated speed against no speculation: predicted plain time over measured time of the same tokens, or None."""
+    return report.plain_s / report.measured_s if report.plain_s > 0 and report.measured_s > 0 else None
+
+
 class Metric(NamedTuple):
     """One Prometheus metric."""
 
@@ -127,6 +135,7 @@ METRICS: dict[str, Metric] = {
     "aurora_skipped_draft_steps_total": Metric("counter", "Steps in which the drafter did not run"),
     "aurora_predicted_seconds_total": Metric("counter", "Step time predicted by the step-time model"),
     "aurora_measured_seconds_total": Metric("counter", "Step time measured over the predicted steps"),
+    "aurora_plain_seconds_total": Metric("counter", "Step time predicted for the same tokens without speculation"),
     "aurora_step_time_error": Metric("gauge", "Median relative error of the step-time model"),
     "aurora_step_cost_seconds": Metric("gauge", "Fitted seconds of each part of a step", ("part",)),
     "aurora_goodput_tokens_per_s": Metric("gauge", "Emitted tokens per second of engine time, last report"),

@@ -160,6 +160,16 @@ class StepTimeModel:
         """Seconds that `work` will take. Raises ValueError before the first observation."""
         return float(self.now @ work.vector())
 
+    def predict_plain(self, work: StepWork, emitted: int) -> float:
+        """Seconds that the same prompts and the same `emitted` tokens would take without speculation.
+
+        Where requests that decode got several tokens each, as many plain steps of the same requests are needed. Raises
+        ValueError before the first observation.
+        """
+        plain = StepWork(work.requests, 0, 0, work.context_tokens, 0, 0)
+        steps = emitted / work.requests if work.requests else 1.0
+        return steps * self.predict(plain) + work.prefill_tokens * float(self.now[PREFILL])
+
     def observe(self, work: StepWork, seconds: float) -> None:
         """Learn from a finished step."""
         x = work.vector()

@@ -21,6 +21,13 @@ SCHEMA_VERSION = 2
 # Where a drafter version is named, published versions of the neural drafter count from 1, those of the draft model
 # from -1 downwards, and this stands for the n-gram table.
 TABLE_VERSION = 0
+TARGET = "target"
+SOURCES = (TARGET, "ngram", "eagle3", "model")  # who may have written a token
+
+
+def source_of(version: int) -> str:
+    """Which kind of drafter a version is of, as named in `SOURCES`."""
+    return "ngram" if version == TABLE_VERSION else "eagle3" if version > 0 else "model"
 
 
 class DraftTrace(msgspec.Struct, frozen=True, kw_only=True, array_like=True):

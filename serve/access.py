@@ -14,7 +14,10 @@ from serve.asgi import header, path_of, send_error
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
 
-OPEN_PATHS = frozenset({"/health", "/ready", "/ping"})  # say whether the server is well, and nothing else
+PAGE_PATH, PAGE_DATA_PATH = "/aurora", "/aurora/data"
+_PAGE_FILES = ("api.js", "charts.js", "page.css", "page.js", "playground.js", "views.js")
+PAGE_PATHS = frozenset({PAGE_PATH, *(f"{PAGE_PATH}/{name}" for name in _PAGE_FILES)})  # the same on every server
+OPEN_PATHS = frozenset({"/health", "/ready", "/ping"}) | PAGE_PATHS  # say whether the server is well, and no more
 METRICS_PATH = "/metrics"
 _KEY_VARIABLES = ("AURORA_API_KEY", "VLLM_API_KEY")
 _FORBIDDEN = "no valid API key: send one as 'Authorization: Bearer KEY' (or 'x-api-key: KEY')"
@@ -62,8 +65,8 @@ def _digest(key: bytes) -> bytes:
 
 
 def open_paths(server: ServerConfig) -> frozenset[str]:
-    """What is served without a key; the metrics only where nobody but this machine hears them."""
-    return OPEN_PATHS | {METRICS_PATH} if is_loopback(server.host) else OPEN_PATHS
+    """What is served without a key; metrics and the page's data only where nobody but this machine hears them."""
+    return OPEN_PATHS | {METRICS_PATH, PAGE_DATA_PATH} if is_loopback(server.host) else OPEN_PATHS
 
 
 def read_api_keys(file: Path | None, environment: Mapping[str, str]) -> list[str]:

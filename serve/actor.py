@@ -34,6 +34,7 @@ from serve.feedback import (
     swap_forever,
 )
 from serve.health import end_with_engine
+from serve.history import History
 from serve.http import serve_http
 from serve.listen import bind, split_tls, tls_of, url_of
 from serve.load import Hear, LoadTeller, tell_forever
@@ -77,6 +78,7 @@ class Server:
         self.reporter = _find(peers.reporter)
         self._http: Any = None
         self._admission = Admission(0)
+        self._history = History(REGISTRY, {"eagle3": self.config.store_dir, "model": self.config.draft_model_dir})
         self._ready = asyncio.Event()
         self._ended = asyncio.Event()
         self._collecting: asyncio.Task[None] | None = None
@@ -95,7 +97,7 @@ class Server:
         self._admission = Admission(_places(engine, self.config))
         self._admission.engine_died = lambda: engine.client.errored
         loops = await self._start_loops(engine)
-        self._http = await serve_http(engine, self.config, sock, self._keys, self._admission)
+        self._http = await serve_http(engine, self.config, sock, self._keys, self._admission, history=self._history)
         self._url = url_of(sock, tls=bool(tls_of(engine.args)))
         sock.listen(_BACKLOG)  # from here on a connection waits instead of being refused
         self._ready.set()
@@ -152,7 +154,7 @@ class Server:
         reporter = _report_to(self.reporter, exporter, self._replica) if self.reporter is not None else None
         report_to = teller.completed(reporter) if reporter is not None else None
         guard = VersionGuard(engine.drafter.number)
-        observers: list[Observer] = [exporter.update, guard.observe, teller.observe]
+        observers: list[Observer] = [exporter.update, guard.observe, teller.observe, self._history.observe]
         if _explores(self.config):
             observers.append(partial(_sound, SpeculationAlarms(), exporter))
         permit = self._canary.permit if self._canary is not None else None

@@ -59,6 +59,7 @@ class StepFact(NamedTuple):
     k: int  # drafts among them
     emitted: int  # tokens that came of it; 0 in the middle of a prompt
     version: int  # drafter version that made the drafts
+    domain: str = ""
 
 
 class _Kept(NamedTuple):
@@ -124,7 +125,8 @@ class Capture:
         for i, (n, k) in enumerate(zip(rows, drafts, strict=True)):
             start = int(batch.num_computed_tokens_cpu[i])
             mid_prefill = start + n - k < int(batch.num_tokens_no_spec[i])
-            facts.append(StepFact(n, k, 0 if mid_prefill else int(emitted[i]), versions.of(batch.req_ids[i])))
+            request_id, got = batch.req_ids[i], 0 if mid_prefill else int(emitted[i])
+            facts.append(StepFact(n, k, got, versions.of(request_id), self._domains.get(request_id, "")))
         if self.sink is not None and state.aux_hidden_states is not None:
             self._emit(state, sampled.tolist(), facts, self.sink)
         return facts
@@ -138,7 +140,7 @@ class Capture:
         ids = self.runner.input_ids.cpu[: keep[-1].end].numpy().astype(np.int32)
         q, now = self._draft_q(state.spec_decode_metadata), time.time()
         for (i, first, end, position), last_state, taps in zip(keep, hidden, aux, strict=True):
-            _, k, emitted, version = facts[i]
+            _, k, emitted, version, domain = facts[i]
             sink.put(
                 DraftTrace(
                     request_id=batch.req_ids[i],
@@ -160,7 +162,7 @@ class Capture:
                     temperature=float(batch.temperature_cpu[i]),
                     top_p=float(batch.top_p_cpu[i]),
                     top_k=_top_k(int(batch.top_k_cpu[i]), batch.vocab_size),
-                    domain=self._domains.get(batch.req_ids[i], ""),
+                    domain=domain,
                 )
             )
 

@@ -17,6 +17,7 @@ _COUNTERS = {
     "aurora_skipped_draft_steps_total": "skipped_draft_steps",
     "aurora_predicted_seconds_total": "predicted_s",
     "aurora_measured_seconds_total": "measured_s",
+    "aurora_plain_seconds_total": "plain_s",
     "aurora_traces_total": "traces",
     "aurora_trace_bytes_total": "trace_bytes",
     "aurora_traces_dropped_total": "traces_dropped",

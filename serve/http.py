@@ -6,12 +6,14 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 from aurora.config import AuroraConfig
-from serve import request_options
+from serve import page, request_options, source_answers
 from serve.access import AccessMiddleware, open_paths
 from serve.admission import Admission, AdmissionMiddleware
 from serve.asgi import error_body
 from serve.engine import RunningEngine
+from serve.history import History
 from serve.listen import http_server, tls_of
+from serve.token_sources import SourceBook
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -20,7 +22,13 @@ if TYPE_CHECKING:
 
 
 async def serve_http(
-    engine: RunningEngine, config: AuroraConfig, sock: socket.socket, keys: Sequence[str], admission: Admission
+    engine: RunningEngine,
+    config: AuroraConfig,
+    sock: socket.socket,
+    keys: Sequence[str],
+    admission: Admission,
+    *,
+    history: History,
 ) -> Any:
     """Build the application and return the uvicorn server, ready for `await server.serve(sockets=[sock])`.
 
@@ -34,12 +42,13 @@ async def serve_http(
     args.host, args.port = config.server.host, sock.getsockname()[1]
     tasks = await engine.client.get_supported_tasks()
     app = build_app(args, tasks, engine.client.model_config)
-    guard(app, config, keys, admission)
+    guard(app, config, keys, admission, history)
+    source_answers.install(app, SourceBook(speculates=engine.drafter is not None), engine.client)
     await init_app_state(engine.client, app.state, args, tasks)
     return http_server(app, config.limits, tls_of(args))
 
 
-def guard(app: "FastAPI", config: AuroraConfig, keys: Sequence[str], admission: Admission) -> None:
+def guard(app: "FastAPI", config: AuroraConfig, keys: Sequence[str], admission: Admission, history: History) -> None:
     """Put what is Aurora's into vLLM's application, which does not serve yet.
 
     From the outside in: who may ask, how much is taken on, vLLM's own middlewares, what a request asks of speculation.
@@ -53,6 +62,7 @@ def guard(app: "FastAPI", config: AuroraConfig, keys: Sequence[str], admission: 
         return Response(status_code=503 if admission.draining else 200)
 
     app.add_route("/ready", ready, methods=["GET"])
+    page.install(app, history)
     app.add_exception_handler(HTTPException, _in_openai_form)
     request_options.install(app)
     app.user_middleware.insert(0, Middleware(AdmissionMiddleware, admission=admission, limits=config.limits))

@@ -95,6 +95,11 @@ class Portfolio:
         drafters = {r: drafts.chosen.drafter for r, drafts in self._drafts.items()}
         return {r: drafter for r, drafter in drafters.items() if drafter != NEURAL}
 
+    def drafter_of(self, request_id: str) -> int:
+        """NEURAL, TABLE or MODEL: whose drafts the request verifies in the step at hand, if it verifies any."""
+        drafts = self._drafts.get(request_id)
+        return NEURAL if drafts is None else drafts.chosen.drafter
+
     def observe(self, request_id: str, verified: int, emitted: list[int]) -> None:
         """The target said `emitted` after verifying `verified` drafts: every draft shows how good it was.
 

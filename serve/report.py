@@ -4,6 +4,7 @@ from collections import Counter, defaultdict
 from typing import TYPE_CHECKING
 
 from aurora.metrics import EngineReport
+from aurora.trace import TARGET, source_of
 
 if TYPE_CHECKING:
     from serve.capture import StepFact, TraceSink
@@ -22,9 +23,11 @@ class StepCounter:
         self._steps = self._request_steps = self._emitted = self._prefill = self._skipped = self._swaps = 0
         self._busy_s = self._predicted_s = self._measured_s = self._step_error = self._predicted_tokens = (
             self._swap_s
-        ) = 0.0
+        ) = self._plain_s = 0.0
         self._step_costs: dict[str, float] = {}
         self._first_drafts: dict[int, list[int]] = defaultdict(lambda: [0, 0])
+        self._by_domain: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+        self._by_source: Counter[str] = Counter()
         self._k: Counter[int] = Counter()
         self._draft_steps: Counter[int] = Counter()
         self._drafted: Counter[int] = Counter()
@@ -35,8 +38,9 @@ class StepCounter:
     def step(self, facts: "list[StepFact]", notes: "StepNotes | None") -> None:
         """One engine step."""
         self._steps += 1
-        for rows, k, emitted, version in facts:
+        for rows, k, emitted, version, domain in facts:
             self._emitted += emitted
+            self._by_source[TARGET] += min(emitted, 1)
             if rows > k + 1 or not emitted:
                 self._prefill += rows
                 continue
@@ -44,6 +48,10 @@ class StepCounter:
             self._k[k] += 1
             if k:
                 self._verification(version, k, emitted - 1)
+                self._by_source[source_of(version)] += emitted - 1
+                counted = self._by_domain[domain]
+                counted[0] += k
+                counted[1] += emitted - 1
         if notes is not None:
             self._skipped += notes.skip_drafter
             self._busy_s += notes.measured_s
@@ -54,6 +62,7 @@ class StepCounter:
                 self._predicted_s += notes.predicted_s
                 self._predicted_tokens += notes.predicted_tokens
                 self._measured_s += notes.measured_s
+                self._plain_s += notes.plain_s
 
     def _add_first_drafts(self, version: int, drafts: int, right: int) -> None:
         if drafts:
@@ -79,9 +88,12 @@ class StepCounter:
             accepted_tokens=dict(self._accepted),
             accepted_at={v: _dense(c) for v, c in self._accepted_at.items()},
             verified_at={v: _dense(c) for v, c in self._verified_at.items()},
+            accepted_by_domain=dict(self._by_domain),
+            tokens_by_source={source: count for source, count in self._by_source.items() if count},
             k_histogram=_dense(self._k),
             predicted_s=self._predicted_s,
             measured_s=self._measured_s,
+            plain_s=self._plain_s,
             step_error=self._step_error,
             step_costs=self._step_costs,
             first_drafts=dict(self._first_drafts),

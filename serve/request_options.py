@@ -1,5 +1,6 @@
 """What a request may ask of speculation, as OpenAI's clients send it: `metadata: {"domain": "sql"}`, and in the extra
-body `max_speculation: 2` (longest draft) and `token_deadline_ms: 50` (time between its tokens, objective slo).
+body `max_speculation: 2` (longest draft), `token_deadline_ms: 50` (time between its tokens, objective slo) and
+`aurora_token_sources: true` (who wrote each token; `serve.token_sources` sees to that).
 
 vLLM hands `vllm_xargs` to the scheduler and drops what it does not know, so that this ASGI middleware moves the three
 into it before vLLM reads the request. In `vllm_xargs` they may stand from the start.
@@ -38,6 +39,7 @@ class RequestOptions:
     domain: str = ""
     max_speculation: int | None = None  # longest draft
     token_deadline_ms: float | None = None  # between its tokens
+    aurora_token_sources: str = ""  # under which name the HTTP server waits for its tokens' sources; "": it does not
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any] | None) -> "RequestOptions":
@@ -58,7 +60,7 @@ class RequestOptionsMiddleware:
         self._app = app
 
     async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
-        if not _concerned(scope):
+        if not concerned(scope):
             await self._app(scope, receive, send)
             return
         body, left = await read_body(receive)
@@ -105,6 +107,9 @@ def with_options(body: bytes) -> bytes:
 
 def _asked(request: dict[str, Any]) -> dict[str, Any]:
     """The options that stand outside `vllm_xargs`, checked. Raises BadOption."""
+    sources = request.get(SOURCES_OPTION)
+    if sources is not None and not isinstance(sources, bool):
+        raise BadOption(SOURCES_OPTION, sources, "must be true or false; leave it out for false")
     asked = {name: request[name] for name in _NUMBERS if request.get(name) is not None}
     for name, value in asked.items():
         _CHECKS[name](name, value)
@@ -131,16 +136,22 @@ def _check_token_deadline(name: str, value: object) -> None:
         raise BadOption(name, value, "must be a number of milliseconds above 0, for example 50; or leave it out")
 
 
+def _refuse_token_sources(name: str, value: object) -> None:
+    raise BadOption(name, value, f"does not belong into vllm_xargs; say {SOURCES_OPTION} beside them")
+
+
+SOURCES_OPTION = "aurora_token_sources"
 _CHECKS: dict[str, Callable[[str, object], None]] = {
     "domain": _check_domain,
     "max_speculation": _check_max_speculation,
     "token_deadline_ms": _check_token_deadline,
+    SOURCES_OPTION: _refuse_token_sources,
 }
 _NUMBERS = ("max_speculation", "token_deadline_ms")
-_WORDS = (b'"metadata"', b'"vllm_xargs"', *(f'"{name}"'.encode() for name in _NUMBERS))
+_WORDS = (b'"metadata"', b'"vllm_xargs"', *(f'"{name}"'.encode() for name in (*_NUMBERS, SOURCES_OPTION)))
 
 
-def _concerned(scope: "Scope") -> bool:
+def concerned(scope: "Scope") -> bool:
     if scope["type"] != "http" or scope["method"] != "POST":
         return False
     kind = header(scope, b"content-type").split(b";")[0].strip().lower()

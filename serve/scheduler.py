@@ -24,6 +24,7 @@ from serve.calibration import Drill, is_calibration, keep_costs, known_costs
 from serve.portfolio import Portfolio
 from serve.request_options import RequestOptions
 from serve.step_log import StepLog
+from serve.token_sources import SourceNotes
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -44,6 +45,7 @@ class StepNotes:
     predicted_s: float  # of the previous step; 0.0 if unknown
     predicted_tokens: float  # expected of the previous step, of its decoding requests
     measured_s: float  # of the previous step; 0.0 if there was none
+    plain_s: float  # that its tokens would have taken without speculation; 0.0 if unknown
     step_error: float  # median absolute relative error of the step-time model
     step_costs: dict[str, float]  # seconds of each part of a step
     drafts_version: int  # drafter version that made the neural drafts of the previous step
@@ -81,6 +83,7 @@ class AuroraScheduler(Scheduler):
         self._drilled: list[tuple[StepWork, float]] = []  # steps that did, until they are kept
         self._plan = Plan(0, skip_drafter=False)
         self._work: StepWork | None = None
+        self._decoding: list[str] = []  # requests that decode in the step at hand
         self._ended_s: float | None = None  # when the last step gave its tokens; None: nothing was left to do
         self._started_s = 0.0
         self._expected = 0.0  # tokens that the running step should emit
@@ -92,6 +95,8 @@ class AuroraScheduler(Scheduler):
         self._token_deadline_ms = speculation.token_deadline_ms
         self._first_token_s: dict[str, float] = {}  # when each request emitted its first
         self._step_s = 0.0  # time of the last step
+        self._plain_s = 0.0  # as in `StepNotes`
+        self._sources = SourceNotes()
         self._log = StepLog(speculation.step_log) if speculation.step_log is not None else None
 
     def schedule(self, throttle_prefills: bool = False) -> "SchedulerOutput":
@@ -115,17 +120,21 @@ class AuroraScheduler(Scheduler):
     def update_from_output(self, scheduler_output: "SchedulerOutput", model_runner_output: "ModelRunnerOutput") -> Any:
         self._ended_s = time.perf_counter()
         if self._work is not None:
-            self._observe_time(self._work, self._ended_s - self._started_s)
+            emitted_tokens = self._emitted(model_runner_output)
+            self._observe_time(self._work, self._ended_s - self._started_s, emitted_tokens)
             if self._log is not None and not self._drilling:
-                self._log.write(self._work, self._last, self._emitted(scheduler_output, model_runner_output))
+                self._log.write(self._work, self._last, emitted_tokens)
             self._work = None
             for request_id, index in model_runner_output.req_id_to_index.items():
                 verified = len(scheduler_output.scheduled_spec_decode_tokens.get(request_id, ()))
                 emitted = model_runner_output.sampled_token_ids[index]
+                if request_id in self._sources:
+                    self._sources.wrote(request_id, self.portfolio.drafter_of(request_id), len(emitted))
                 self.portfolio.observe(request_id, verified, emitted)
                 if emitted:
                     self._first_token_s.setdefault(request_id, self._ended_s)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
+        self._sources.attach(outputs)
         if not self.has_unfinished_requests():
             self._ended_s = None
         return outputs
@@ -147,10 +156,9 @@ class AuroraScheduler(Scheduler):
         draft_token_ids.draft_token_ids[:] = [drafts.get(r, []) for r in draft_token_ids.req_ids]
         super().update_draft_token_ids(draft_token_ids)
 
-    def _emitted(self, scheduled: "SchedulerOutput", ran: "ModelRunnerOutput") -> int:
+    def _emitted(self, ran: "ModelRunnerOutput") -> int:
         """Tokens of the requests that decoded in this step."""
-        decoded = [ran.req_id_to_index[r] for r in scheduled.num_scheduled_tokens if self._decodes(r, scheduled)]
-        return sum(len(ran.sampled_token_ids[place]) for place in decoded)
+        return sum(len(ran.sampled_token_ids[ran.req_id_to_index[r]]) for r in self._decoding)
 
     def _keep_costs(self) -> None:
         """The calibration is over."""
@@ -185,6 +193,8 @@ class AuroraScheduler(Scheduler):
             request = self.requests[request_id]
             options = RequestOptions.of(request.sampling_params and request.sampling_params.extra_args)
             self._options[request_id] = options
+            if options.aurora_token_sources:
+                self._sources.begin(request_id, options.aurora_token_sources)
             tenant, tokens = request.cache_salt or "", request.all_token_ids
             domain = self.portfolio.begin(request_id, tenant, options.domain, tokens, request.max_tokens)
             if domain:
@@ -195,6 +205,7 @@ class AuroraScheduler(Scheduler):
         for request_id in request_ids:
             self._options.pop(request_id, None)
             self._first_token_s.pop(request_id, None)
+            self._sources.finish(request_id)
 
     def _ahead(self, request_ids: Iterable[str], emitting: int) -> Ahead:
         """What is known of the step that verifies the drafts of these requests; `emitting` as in `_limit`."""
@@ -250,10 +261,10 @@ class AuroraScheduler(Scheduler):
 
     def _work_of(self, output: "SchedulerOutput") -> StepWork:
         drafts = sum(len(d) for d in output.scheduled_spec_decode_tokens.values())
-        decoding = [r for r in output.num_scheduled_tokens if self._decodes(r, output)]
-        prefill = output.total_num_scheduled_tokens - drafts - len(decoding)
+        self._decoding = [r for r in output.num_scheduled_tokens if self._decodes(r, output)]
+        prefill = output.total_num_scheduled_tokens - drafts - len(self._decoding)
         return StepWork(
-            requests=len(decoding),
+            requests=len(self._decoding),
             drafts=drafts,
             prefill_tokens=prefill,
             context_tokens=sum(self.requests[r].num_tokens for r in output.num_scheduled_tokens),
@@ -280,6 +291,7 @@ class AuroraScheduler(Scheduler):
             predicted_s=seconds,
             predicted_tokens=tokens,
             measured_s=measured,
+            plain_s=self._plain_s,
             step_error=self.controller.step_time.median_error(),
             step_costs=self.controller.step_time.costs,
             drafts_version=self._version or 0,
@@ -289,8 +301,9 @@ class AuroraScheduler(Scheduler):
             model_first_drafts=self.portfolio.take_first_drafts(MODEL),
         )
 
-    def _observe_time(self, work: StepWork, seconds: float) -> None:
+    def _observe_time(self, work: StepWork, seconds: float, emitted: int) -> None:
         model = self.controller.step_time
+        self._plain_s = model.predict_plain(work, emitted) if model.ready else 0.0
         self._last = (model.predict(work) if model.ready else 0.0, self._expected, seconds)
         self._step_s = seconds
         if self._drilling:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from fastapi import FastAPI
+from prometheus_client import CollectorRegistry
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
@@ -13,6 +14,7 @@ from aurora.config import AuroraConfig, ServerConfig, UserError
 from serve.access import OPEN_PATHS, AccessMiddleware, is_loopback, open_paths, read_api_keys, refuse_exposure
 from serve.admission import Admission
 from serve.engine import parse_vllm_args
+from serve.history import History
 from serve.http import guard
 from serve.listen import tls_of
 
@@ -27,7 +29,8 @@ def app() -> FastAPI:
     level = logging.root.level
     app = build_app(parse_vllm_args("model", ()), ("generate",), None)
     logging.root.setLevel(level)  # which vLLM raises
-    guard(app, AuroraConfig(server=ServerConfig(host="0.0.0.0")), KEYS, Admission(4))
+    history = History(CollectorRegistry())
+    guard(app, AuroraConfig(server=ServerConfig(host="0.0.0.0")), KEYS, Admission(4), history)
     return app
 
 
@@ -44,7 +47,15 @@ def _routes(app: FastAPI) -> list[tuple[str, str]]:
 def test_every_route_wants_a_key(app: FastAPI, client: TestClient) -> None:
     routes = _routes(app)
     assert len(routes) > 20
-    assert {path for path, _ in routes} >= {"/v1/chat/completions", "/tokenize", "/metrics", "/openapi.json", "/ready"}
+    assert {path for path, _ in routes} >= {
+        "/v1/chat/completions",
+        "/tokenize",
+        "/metrics",
+        "/openapi.json",
+        "/ready",
+        "/aurora",
+        "/aurora/data",
+    }
     for path, method in routes:
         if path in OPEN_PATHS:
             continue
@@ -115,6 +126,8 @@ def test_a_websocket_without_a_key_is_not_accepted() -> None:
 def test_metrics_are_open_where_only_this_machine_hears_them() -> None:
     assert "/metrics" in open_paths(ServerConfig())
     assert "/metrics" not in open_paths(ServerConfig(host="192.0.2.1"))
+    assert "/aurora/data" in open_paths(ServerConfig())
+    assert "/aurora/data" not in open_paths(ServerConfig(host="192.0.2.1"))
 
 
 def test_a_server_in_reach_of_others_wants_a_key() -> None:

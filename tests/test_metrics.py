@@ -12,6 +12,8 @@ by_kind = {
     int: counts,
     float: seconds,
     dict[str, float]: st.dictionaries(st.sampled_from(["draft", "request"]), seconds),
+    dict[str, int]: st.dictionaries(st.sampled_from(["target", "ngram"]), counts),
+    dict[str, list[int]]: st.dictionaries(st.sampled_from(["", "sql"]), st.lists(counts, min_size=2, max_size=2)),
     dict[int, int]: st.dictionaries(versions, counts),
     dict[int, list[int]]: st.dictionaries(versions, st.lists(counts, max_size=4)),
     list[int]: st.lists(counts, max_size=5),

@@ -9,6 +9,7 @@ from vllm.v1.request import Request
 from aurora.config import SpeculationConfig
 from serve.portfolio import Portfolio
 from serve.scheduler import AuroraScheduler
+from serve.token_sources import SourceNotes
 
 
 def _request(name: str, prompt: list[int], salt: str | None = None, **arguments: object) -> Request:
@@ -26,7 +27,7 @@ def _scheduler(*requests: Request, **fields: object) -> AuroraScheduler:
     scheduler.num_spec_tokens, scheduler.max_model_len, scheduler.block_size = 4, 512, 16
     scheduler.max_num_running_reqs, scheduler.max_num_scheduled_tokens = 8, 64
     scheduler._options, scheduler._first_token_s, scheduler._step_s = {}, {}, 0.05
-    scheduler._token_deadline_ms = None
+    scheduler._token_deadline_ms, scheduler._sources = None, SourceNotes()
     _free_blocks(scheduler, 100)
     return scheduler
 

@@ -41,6 +41,16 @@ def test_the_scheduler_has_the_overridden_methods() -> None:
     assert {"num_spec_tokens_to_schedule", "scheduled_spec_decode_tokens", "num_scheduled_tokens"} <= fields
 
 
+def test_what_comes_from_the_engine_can_carry_notes_and_be_seen() -> None:
+    from vllm.v1.engine import EngineCoreOutput
+    from vllm.v1.engine.output_processor import OutputProcessor
+
+    assert {"request_id", "new_token_ids", "kv_transfer_params"} <= set(EngineCoreOutput.__struct_fields__)
+    assert not EngineCoreOutput.__struct_config__.frozen, "serve/token_sources.py puts notes on it"
+    found = list(inspect.signature(OutputProcessor.process_outputs).parameters)
+    assert found[:2] == ["self", "engine_core_outputs"], "serve/token_sources.py takes them off"
+
+
 def test_the_app_can_be_hosted() -> None:
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
     from vllm.entrypoints.launchers.app import build_app

@@ -37,6 +37,23 @@ def test_step_time_model_recovers_costs():
     assert model.median_error() < 0.05
 
 
+def test_the_same_tokens_without_speculation_take_a_plain_step_for_each_round_of_them():
+    costs = dict(
+        zip(COSTS, [0.05, 0.002, 0.01, 0.0004, 0.001, 0.006, 0.0001, 0.004, 0.007, 0.0002, 0.003], strict=True)
+    )
+    model = StepTimeModel.known(costs)
+    drafted = _work(requests=2, drafts=6, context_tokens=1000, draft_first=1, draft_more=2, model_first=1)
+    plain = 0.05 + 2 * 0.002 + 0.001
+    assert model.predict_plain(drafted, emitted=2) == pytest.approx(plain)
+    assert model.predict_plain(drafted, emitted=5) == pytest.approx(2.5 * plain)
+    reading = _work(requests=0, prefill_tokens=100, draft_first=1)
+    assert model.predict_plain(reading, emitted=0) == pytest.approx(0.05 + 0.04)
+    mixed = _work(requests=1, prefill_tokens=100, drafts=2)
+    assert model.predict_plain(mixed, emitted=3) == pytest.approx(3 * 0.052 + 0.04), "a prompt is read once"
+    undrafted = _work(requests=3, context_tokens=700, prefill_tokens=9)
+    assert model.predict_plain(undrafted, emitted=3) == pytest.approx(model.predict(undrafted))
+
+
 def test_costs_of_a_draft_model_are_told_once_one_ran():
     model = StepTimeModel()
     model.observe(_work(), 0.06)

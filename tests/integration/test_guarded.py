@@ -9,6 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from serve.access import OPEN_PATHS
 from tests.integration.guarded import KEY, Guarded, start_guarded
 from tests.waiting import wait_until
 
@@ -28,8 +29,9 @@ def guarded(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 def test_no_route_without_the_key(guarded: Guarded) -> None:
     paths = list(httpx.get(f"{guarded.url}/openapi.json", headers={"x-api-key": KEY}).json()["paths"])
     assert len(paths) > 10
-    for path in [*paths, "/metrics", "/docs", "/openapi.json"]:
-        expected = 200 if path in ("/health", "/ready", "/ping") else 401
+    assert "/aurora" in OPEN_PATHS
+    for path in [*paths, "/metrics", "/docs", "/openapi.json", "/aurora/data", *OPEN_PATHS]:
+        expected = 200 if path in OPEN_PATHS else 401
         assert httpx.get(guarded.url + path).status_code == expected, path
     assert guarded.client().completions.create(model=guarded.model(), prompt="a", max_tokens=3).usage
 

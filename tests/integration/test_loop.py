@@ -6,11 +6,13 @@ import signal
 import urllib.error
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
 
 from aurora.store import DrafterStore
+from aurora.trace import SOURCES
 from aurora.traffic import TrafficOptions, run
 from tests.integration.process import ServedModel, random_prompts
 from tests.waiting import wait_until
@@ -18,6 +20,7 @@ from tests.waiting import wait_until
 pytestmark = pytest.mark.engine
 
 _DRAFTED, _SAID = "vllm:spec_decode_num_draft_tokens_total", "vllm:generation_tokens_total"
+_ACCEPTED = "vllm:spec_decode_num_accepted_tokens_total"
 
 
 def test_the_openai_routes_answer(learning: ServedModel) -> None:
@@ -137,6 +140,55 @@ def test_requests_of_every_kind_work_under_speculation(learning: ServedModel) ->
         with pytest.raises(urllib.error.HTTPError, match="400") as refused:
             learning.complete("some text", temperature=0.8, **fields)  # a greedy request drops min_p
         assert next(iter(fields)) in json.loads(refused.value.read())["error"]["message"]
+
+
+def test_requests_learn_who_wrote_their_tokens(learning: ServedModel) -> None:
+    prompt, fields = [11, 12, 13] * 12, {"max_tokens": 64, "aurora_token_sources": True}
+    plain = learning.complete(prompt, max_tokens=64)["choices"][0]["token_ids"]
+    before = {name: learning.metric(name) for name in (_DRAFTED, _ACCEPTED, _SAID)}
+    whole = learning.complete(prompt, **fields)
+    wait_until(lambda: learning.metric(_SAID) == before[_SAID] + 64, 30, "tokens are counted")
+    accepted = learning.metric(_ACCEPTED) - before[_ACCEPTED]
+    assert whole["choices"][0]["token_ids"] == plain, "to ask changes no token"
+    assert "kv_transfer_params" not in whole or whole["kv_transfer_params"] is None
+    sources = whole["aurora"]["sources"]
+    assert len(sources) == len(whole["aurora"]["texts"]) == 64
+    assert set(sources) <= set(SOURCES)
+    assert 0 <= accepted - sum(source != "target" for source in sources) <= 3, "the last step's may be cut off"
+    assert accepted > 0, "the table knows the answer by now"
+    assert set(learning.complete(prompt, **fields, max_speculation=0)["aurora"]["sources"]) == {"target"}
+    client = openai.OpenAI(base_url=f"{learning.url}/v1", api_key="none")
+    chunks = client.chat.completions.create(
+        model=learning.model_name(),
+        messages=[{"role": "user", "content": "hello"}],
+        max_tokens=32,
+        stream=True,
+        stream_options={"include_usage": True},
+        extra_body={"aurora_token_sources": True},
+    )
+    said, tokens = [], 0
+    for chunk in chunks:
+        extra = chunk.model_extra or {}
+        said += extra.get("aurora", {}).get("sources", [])
+        tokens = chunk.usage.completion_tokens if chunk.usage else tokens
+    assert len(said) == tokens > 0
+    assert set(said) <= set(SOURCES)
+
+
+def test_the_page_shows_what_the_engine_did(learning: ServedModel) -> None:
+    def points() -> list[dict[str, Any]]:
+        learning.answers(random_prompts(8), metadata={"domain": "page"})
+        return [p for p in json.loads(learning.get("/aurora/data"))["points"] if "page" in p["domains"]]
+
+    wait_until(points, 60, "a point has the domain")
+    data = json.loads(learning.get("/aurora/data"))
+    last = points()[-1]
+    assert last["speed_up"] > 0
+    assert sum(last["sources"].values()) == last["emitted"] > 0
+    assert {swap["kind"] for swap in data["swaps"]} == {"eagle3", "model"}
+    assert data["live"]["eagle3"] >= 1
+    assert data["versions"]
+    assert "page.js" in learning.get("/aurora")
 
 
 def test_requests_bound_their_drafts_and_wrong_bounds_are_refused(learning: ServedModel) -> None:
