@@ -44,7 +44,7 @@ audit: install
 	BIN=$(BIN) scripts/audit
 
 sbom: install
-	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --of JSON -o sbom.json $(BIN)/python
+	$(BIN)/uv tool run --from "cyclonedx-bom>=7.5" cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --of JSON -o sbom.json $(BIN)/python
 
 docs: install
 	$(BIN)/python -m mkdocs build --strict
