@@ -9,6 +9,7 @@ from aurora.config import AuroraConfig
 from serve import page, request_options, source_answers
 from serve.access import AccessMiddleware, open_paths
 from serve.admission import Admission, AdmissionMiddleware
+from serve.answers import AnswerCounter
 from serve.asgi import error_body
 from serve.engine import RunningEngine
 from serve.history import History
@@ -69,6 +70,7 @@ def guard(app: "FastAPI", config: AuroraConfig, keys: Sequence[str], admission: 
     if keys:
         paths = open_paths(config.server)
         app.user_middleware.insert(0, Middleware(AccessMiddleware, keys=keys, open_paths=paths))
+    app.user_middleware.insert(0, Middleware(AnswerCounter, told=admission.on_answer))
 
 
 async def _in_openai_form(_request: "Request", error: Exception) -> "Response":
