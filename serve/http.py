@@ -52,7 +52,8 @@ async def serve_http(
 def guard(app: "FastAPI", config: AuroraConfig, keys: Sequence[str], admission: Admission, history: History) -> None:
     """Put what is Aurora's into vLLM's application, which does not serve yet.
 
-    From the outside in: who may ask, how much is taken on, vLLM's own middlewares, what a request asks of speculation.
+    From the outside in: answers are counted, who may ask, how much is taken on, vLLM's own middlewares, what a request
+    asks of speculation.
     """
     from starlette.exceptions import HTTPException
     from starlette.middleware import Middleware
