@@ -151,9 +151,9 @@ def open_sink(config: AuroraConfig) -> Sink:
     """Open what `reporter.sink` names. Raises UserError when it cannot be used."""
     if config.reporter.sink == "wandb" or config.reporter.mode == "disabled":
         return WandbSink(config)
-    sinks = {"tensorboard": TensorBoardSink, "jsonl": JsonlSink}
+    opened = TensorBoardSink if config.reporter.sink == "tensorboard" else JsonlSink
     try:
-        return sinks[config.reporter.sink](config, public_config(config))
+        return opened(config, public_config(config))
     except OSError as error:
         raise UserError(
             f"--run-dir {config.run_dir}: {error.strerror}; give a directory that can be written"

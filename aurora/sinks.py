@@ -92,7 +92,7 @@ class TensorBoardSink:
         from torch.utils.tensorboard import SummaryWriter
 
         self.directory = config.run_dir / "tensorboard" / _name()
-        self._writer: Any = SummaryWriter(str(self.directory))  # type: ignore[no-untyped-call]
+        self._writer: Any = SummaryWriter(str(self.directory))
         self._writer.add_text("config", f"```\n{json.dumps(settings, indent=1)}\n```")
 
     def define(self, group: str, axis: str) -> None:
