@@ -24,6 +24,7 @@ from aurora.command_options import (
     add_train_options,
     add_up_options,
 )
+from aurora.dashboard_command import add_dashboard_commands
 from aurora.options import add_config_options, read_config, refuse_controlled, split_model
 
 _Command = Callable[[argparse.Namespace, list[str]], int]
@@ -110,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     scale.add_argument("--address", default="auto", help="Ray cluster: auto (default) or HOST:PORT")
     scale.add_argument("--router", metavar="NAME", help="which deployment, where there are several")
     scale.set_defaults(run=_scale, passes_rest=False)
+    add_dashboard_commands(commands)
     doctor = commands.add_parser("doctor", help="say what this machine lacks", allow_abbrev=False)
     doctor.set_defaults(run=_doctor, passes_rest=False)
     _add_cluster_commands(commands)

@@ -217,13 +217,19 @@ class TrainerConfig(_Branch):
 
 
 class ReporterConfig(_Branch):
-    """The W&B run."""
+    """What is reported, and where to."""
 
     mode: Literal["offline", "online", "disabled"] = Field(
         "offline", description="offline writes to RUN_DIR/wandb, online reports live, disabled starts no Reporter"
     )
+    sink: Literal["wandb", "tensorboard", "jsonl"] = Field("wandb", description="where to report")
     project: str = Field("aurora", description="W&B project")
     interval_s: float = Field(5, gt=0, description="time between rows of serving")
+    artifacts: Literal["off", "reference", "files"] = Field(
+        "reference", description="of published drafters in W&B: their checksums and where they lie, or their files"
+    )
+    alert_s: float = Field(900, gt=0, description="shortest time between two alerts of a kind")
+    draft_tables: bool = Field(False, description="report some verified drafts as text: it is users' text")
 
 
 class ClusterConfig(_Branch):

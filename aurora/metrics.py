@@ -31,6 +31,7 @@ class EngineReport(msgspec.Struct, frozen=True, kw_only=True):
     predicted_goodput: float = 0.0  # tokens/s of engine time that the goodput rule expects; 0 while it cannot tell
     step_error: float = 0.0  # median |predicted - measured| / measured; the latest window's
     step_costs: dict[str, float] = {}  # seconds of each part of a step, as last fitted (`aurora.step_time.COSTS`)
+    capture_s: float = 0.0  # engine time spent recording traces
     traces: int = 0
     trace_bytes: int = 0
     traces_dropped: int = 0
@@ -39,20 +40,32 @@ class EngineReport(msgspec.Struct, frozen=True, kw_only=True):
     swaps: int = 0
     swap_s: float = 0.0  # engine stall of the last swap
     skipped_draft_steps: int = 0  # steps in which the drafter did not run
-    drift: int = 0  # 1 while the newest traffic is drafted worse than before; the server's, the latest
-    training_share: float = 0.0  # of wall time that the trainer computes; the server's, the latest
+    # What the server process knows beside its engine, the latest unless it is a count:
+    drift: int = 0  # 1 while the newest traffic is drafted worse than before
+    training_share: float = 0.0  # of wall time that the trainer computes
+    latency_s: dict[str, float] = {}  # WHAT_MEAN of the requests since the last report (`serve.vitals`)
+    alarms: list[str] = []  # kinds that are raised
+    rollbacks: int = 0  # live versions taken back
+    swap_failures: int = 0  # versions refused by the engine
+    refused: int = 0  # requests answered 503
+
+
+_LATEST = ("drafter_version", "traces_waiting", "drift", "training_share", "alarms")
 
 
 def merge(earlier: EngineReport, later: EngineReport) -> EngineReport:
     """One report for two consecutive ones. Associative; `EngineReport()` is its left identity.
 
-    Counters add up. Version, waiting traces, drift and training share are the later one's; `step_error`, `step_costs`,
-    `swap_s` and `predicted_goodput` are those of the last report that had a step, a fit, a swap or a prediction.
+    Counters add up. Version, waiting traces, drift, training share and alarms are the later one's; `step_error`,
+    `step_costs`, `swap_s`, `predicted_goodput` and `latency_s` are those of the last report that had a step, a fit, a
+    swap, a prediction or an answer.
     """
-    merged = {f: _add(getattr(earlier, f), getattr(later, f)) for f in EngineReport.__struct_fields__}
-    merged |= {f: getattr(later, f) for f in ("drafter_version", "traces_waiting", "drift", "training_share")}
+    added = [f for f in EngineReport.__struct_fields__ if f not in _LATEST]
+    merged = {f: _add(getattr(earlier, f), getattr(later, f)) for f in added}
+    merged |= {f: getattr(later, f) for f in _LATEST}
     merged["step_error"] = (earlier if earlier.steps and not later.steps else later).step_error
     merged["step_costs"] = later.step_costs or earlier.step_costs
+    merged["latency_s"] = later.latency_s or earlier.latency_s
     merged["swap_s"] = (earlier if earlier.swaps and not later.swaps else later).swap_s
     merged["predicted_goodput"] = later.predicted_goodput or earlier.predicted_goodput
     return EngineReport(**merged)
@@ -140,6 +153,7 @@ METRICS: dict[str, Metric] = {
     "aurora_step_cost_seconds": Metric("gauge", "Fitted seconds of each part of a step", ("part",)),
     "aurora_goodput_tokens_per_s": Metric("gauge", "Emitted tokens per second of engine time, last report"),
     "aurora_predicted_goodput_tokens_per_s": Metric("gauge", "The same as the goodput rule predicted it"),
+    "aurora_capture_seconds_total": Metric("counter", "Engine time spent recording traces"),
     "aurora_traces_total": Metric("counter", "Traces captured"),
     "aurora_trace_bytes_total": Metric("counter", "Bytes of traces captured"),
     "aurora_traces_dropped_total": Metric("counter", "Traces dropped because the sink was full"),
@@ -155,10 +169,14 @@ METRICS: dict[str, Metric] = {
     "aurora_store_mirror_seconds": Metric("gauge", "Time in which the last drafter came from there", _KIND),
     "aurora_store_mirror_source_alive": Metric("gauge", "1 while the trainer's drafter store answers, else 0", _KIND),
     "aurora_swap_seconds": Metric("gauge", "Engine stall of the last swap"),
+    "aurora_learning": Metric("gauge", "1 if a trainer belongs to this server, else 0"),
     "aurora_trainer_alive": Metric("gauge", "1 while the trainer answers, else 0"),
     "aurora_training_share": Metric("gauge", "Share of wall time that the trainer computed, about the last minute's"),
     "aurora_alarm": Metric("gauge", "1 while something is wrong that does not right itself, else 0", ("kind",)),
     "aurora_report_rows_dropped_total": Metric("counter", "Rows that W&B or a dead reporter did not take"),
     "aurora_requests_refused_total": Metric("counter", "Requests answered 503: too many are open, or a stop"),
+    "aurora_responses_total": Metric(
+        "counter", "HTTP answers by status, those that never reach vLLM included", ("code",)
+    ),
     "aurora_drift": Metric("gauge", "1 while the live drafter is worse on the newest traffic than it was, else 0"),
 }

@@ -57,6 +57,7 @@ OPTIONS = (
     Option("--trainer-threads", "trainer.threads", "CPU threads of the trainer", int, "N"),
     Option("--publish-interval", "trainer.publish_interval_s", "time between candidate drafters", float, "S"),
     Option("--wandb", "reporter.mode", "W&B mode", choices=("offline", "online", "disabled")),
+    Option("--reporter-sink", "reporter.sink", "where to report", choices=("wandb", "tensorboard", "jsonl")),
     Option("--wandb-project", "reporter.project", "W&B project", metavar="NAME"),
     Option("--replicas", "cluster.replicas", "servers behind the endpoint, each with an engine of its own", int, "N"),
     Option(

@@ -39,6 +39,7 @@ from serve.http import serve_http
 from serve.listen import bind, split_tls, tls_of, url_of
 from serve.load import Hear, LoadTeller, tell_forever
 from serve.mirror import RemoteSource, ServedStores
+from serve.vitals import Vitals
 
 log = logging.getLogger(__name__)
 
@@ -146,13 +147,16 @@ class Server:
             await calibrate(engine)
         exporter = PrometheusExporter(REGISTRY)
         self._admission.on_refused = partial(exporter.inc, "aurora_requests_refused_total", {})
+        self._admission.on_answer = lambda status: exporter.inc("aurora_responses_total", {"code": status})
         ingest = _ingest_into(self.trainer) if self.trainer is not None else None
         trace_log = _trace_log(self.config)
+        exporter.set("aurora_learning", int(self.trainer is not None))
         forwarder = TraceForwarder(ingest, exporter, trace_log)
         hear = _heard_by(self.trainer, self._replica) if self.trainer is not None else None
         teller = LoadTeller(engine.drafter.number, hear, exporter)
-        reporter = _report_to(self.reporter, exporter, self._replica) if self.reporter is not None else None
-        report_to = teller.completed(reporter) if reporter is not None else None
+        report_to = _report_to(self.reporter, exporter, self._replica) if self.reporter is not None else None
+        if report_to is not None:
+            report_to = teller.completed(Vitals(REGISTRY).completed(report_to))
         guard = VersionGuard(engine.drafter.number)
         observers: list[Observer] = [exporter.update, guard.observe, teller.observe, self._history.observe]
         if _explores(self.config):

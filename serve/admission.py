@@ -33,6 +33,7 @@ class Admission:
         self.places = places
         self._clock = clock
         self.on_refused: Callable[[], None] = lambda: None
+        self.on_answer: Callable[[int], None] = lambda _status: None  # told of every answer's status
         self.engine_died: Callable[[], bool] = lambda: False
         self.draining = False
         self.cut_off = False  # open requests are no longer waited for

@@ -18,6 +18,7 @@ _COUNTERS = {
     "aurora_predicted_seconds_total": "predicted_s",
     "aurora_measured_seconds_total": "measured_s",
     "aurora_plain_seconds_total": "plain_s",
+    "aurora_capture_seconds_total": "capture_s",
     "aurora_traces_total": "traces",
     "aurora_trace_bytes_total": "trace_bytes",
     "aurora_traces_dropped_total": "traces_dropped",

@@ -9,6 +9,7 @@ from aurora.config import AuroraConfig
 from serve import page, request_options, source_answers
 from serve.access import AccessMiddleware, open_paths
 from serve.admission import Admission, AdmissionMiddleware
+from serve.answers import AnswerCounter
 from serve.asgi import error_body
 from serve.engine import RunningEngine
 from serve.history import History
@@ -51,7 +52,8 @@ async def serve_http(
 def guard(app: "FastAPI", config: AuroraConfig, keys: Sequence[str], admission: Admission, history: History) -> None:
     """Put what is Aurora's into vLLM's application, which does not serve yet.
 
-    From the outside in: who may ask, how much is taken on, vLLM's own middlewares, what a request asks of speculation.
+    From the outside in: answers are counted, who may ask, how much is taken on, vLLM's own middlewares, what a request
+    asks of speculation.
     """
     from starlette.exceptions import HTTPException
     from starlette.middleware import Middleware
@@ -69,6 +71,7 @@ def guard(app: "FastAPI", config: AuroraConfig, keys: Sequence[str], admission: 
     if keys:
         paths = open_paths(config.server)
         app.user_middleware.insert(0, Middleware(AccessMiddleware, keys=keys, open_paths=paths))
+    app.user_middleware.insert(0, Middleware(AnswerCounter, told=admission.on_answer))
 
 
 async def _in_openai_form(_request: "Request", error: Exception) -> "Response":

@@ -21,9 +21,8 @@ class StepCounter:
 
     def _reset(self) -> None:
         self._steps = self._request_steps = self._emitted = self._prefill = self._skipped = self._swaps = 0
-        self._busy_s = self._predicted_s = self._measured_s = self._step_error = self._predicted_tokens = (
-            self._swap_s
-        ) = self._plain_s = 0.0
+        self._busy_s = self._predicted_s = self._measured_s = self._step_error = self._predicted_tokens = 0.0
+        self._swap_s = self._plain_s = self._capture_s = 0.0
         self._step_costs: dict[str, float] = {}
         self._first_drafts: dict[int, list[int]] = defaultdict(lambda: [0, 0])
         self._by_domain: dict[str, list[int]] = defaultdict(lambda: [0, 0])
@@ -35,8 +34,9 @@ class StepCounter:
         self._accepted_at: dict[int, Counter[int]] = defaultdict(Counter)
         self._verified_at: dict[int, Counter[int]] = defaultdict(Counter)
 
-    def step(self, facts: "list[StepFact]", notes: "StepNotes | None") -> None:
-        """One engine step."""
+    def step(self, facts: "list[StepFact]", notes: "StepNotes | None", capture_s: float = 0.0) -> None:
+        """One engine step, of whose time `capture_s` went into recording it."""
+        self._capture_s += capture_s
         self._steps += 1
         for rows, k, emitted, version, domain in facts:
             self._emitted += emitted
@@ -98,6 +98,7 @@ class StepCounter:
             step_costs=self._step_costs,
             first_drafts=dict(self._first_drafts),
             predicted_goodput=self._predicted_tokens / self._predicted_s if self._predicted_s else 0.0,
+            capture_s=self._capture_s,
             traces=traces,
             trace_bytes=trace_bytes,
             traces_dropped=dropped - self._dropped_before,

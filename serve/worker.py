@@ -165,7 +165,9 @@ class RunnerHooks:
             # The drafts just judged were made before any swap since: they belong to `_draft_version`.
             made = {r: TABLE_VERSION if d == TABLE else -self._model_version for r, d in self._one_hot.items()}
             versions = Versions(self._draft_version, made)
-            self.counter.step(self.capture.record(self._state, result.sampled_token_ids, versions), self._notes)
+            began = time.perf_counter()
+            facts = self.capture.record(self._state, result.sampled_token_ids, versions)
+            self.counter.step(facts, self._notes, time.perf_counter() - began)
         return result
 
     def _propose(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:

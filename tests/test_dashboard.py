@@ -5,12 +5,14 @@ import sys
 
 import msgspec
 import pytest
-import wandb
-from wandb.proto import wandb_internal_pb2
 
+import wandb
 from aurora.config import AuroraConfig, UserError
-from aurora.dashboard import AXES, Reporter, check, public_config, serving_row
+from aurora.dashboard import Reporter, check, public_config
 from aurora.metrics import EngineReport
+from aurora.rows import AXES, serving_row
+from aurora.store import DrafterStore
+from tests.wandb_file import records, rows, run_file
 
 REPORT = EngineReport(
     steps=5,
@@ -32,47 +34,35 @@ REPORT = EngineReport(
 BUILTINS = msgspec.to_builtins(REPORT)
 
 
-class FakeRun:
-    """Keeps rows, or fails."""
+class FakeSink:
+    """Keeps rows and whatever else it is told, or fails."""
 
     def __init__(self, error=None):
-        self.error, self.rows, self.axes = error, [], {}
+        self.error, self.rows, self.axes, self.alerts, self.drafters = error, [], {}, [], []
 
-    def define_metric(self, name, step_metric):
-        self.axes[name] = step_metric
+    def define(self, group, axis):
+        self.axes[group] = axis
 
-    def log(self, data):
-        if self.error:
-            raise self.error
-        self.rows.append(data)
+    def log(self, axis, at, values):
+        self._keep(self.rows, {axis: at, **values})
+
+    def drafter(self, drafter):
+        self._keep(self.drafters, drafter)
+
+    def alert(self, alert):
+        self._keep(self.alerts, alert)
 
     def finish(self):
+        self._keep([], None)
+
+    def _keep(self, where, what):
         if self.error:
             raise self.error
+        where.append(what)
 
 
 def config(tmp_path, **changes):
     return AuroraConfig.model_validate({"run_dir": tmp_path / "runs" / "one", **changes})
-
-
-def records(file):
-    """The protobuf records of an offline run: LevelDB log blocks of 32 KiB behind a header of 7 bytes."""
-    data, at, parts = file.read_bytes(), 7, []
-    while at + 7 <= len(data):
-        left = 32768 - at % 32768
-        if left < 7:
-            at += left
-            continue
-        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
-        parts.append(data[at + 7 : at + 7 + length])
-        at += 7 + length
-        if kind in (1, 4):  # whole, or the last part
-            yield wandb_internal_pb2.Record.FromString(b"".join(parts))
-            parts = []
-
-
-def name(item):
-    return item.key or "/".join(item.nested_key)
 
 
 def test_an_offline_run_holds_what_was_logged(tmp_path, monkeypatch):
@@ -85,15 +75,13 @@ def test_an_offline_run_holds_what_was_logged(tmp_path, monkeypatch):
     reporter.finish()
     assert reporter.dropped == 0
 
-    (file,) = (tmp_path / "runs" / "one" / "wandb").glob("offline-run-*/run-*.wandb")
+    file = run_file(tmp_path / "runs" / "one")
     found = list(records(file))
     axes = {(m.glob_name or m.name): m.step_metric for r in found if r.HasField("metric") for m in [r.metric]}
     assert axes["serving/*"] == "time_s"
     assert axes["learning/*"] == "trainer_step"
     assert axes["versions/*"] == "drafter_version"
-    rows = [{name(i): i.value_json for i in r.history.item} for r in found if r.HasField("history")]
-    values = [{k: json.loads(v) for k, v in row.items()} for row in rows]
-    first, second, learning, version = values
+    first, second, learning, version = rows(file)
     assert (first["time_s"], second["time_s"]) == (100.0, 104.0)
     assert first["serving/acceptance_length"] == 2.5
     assert (first["serving/acceptance_at_0"], first["serving/acceptance_at_1"]) == (1.0, 0.5)
@@ -110,15 +98,15 @@ def test_an_offline_run_holds_what_was_logged(tmp_path, monkeypatch):
 
 
 def test_a_broken_run_costs_rows_and_one_warning(tmp_path, caplog):
-    reporter = Reporter(config(tmp_path), FakeRun(error=BrokenPipeError("gone")))
+    reporter = Reporter(config(tmp_path), FakeSink(error=BrokenPipeError("gone")))
     with caplog.at_level(logging.WARNING):
         reporter.serving(BUILTINS, 1.0)
         reporter.learning({"loss": 1.0}, 1)
         reporter.version({}, 1)
         reporter.finish()
-    assert reporter.dropped == reporter.ready() == 4
+    assert reporter.dropped == reporter.ready() == 6, "a row and an alert, a row, a row and a version, the end"
     assert [r.message for r in caplog.records] == [
-        "W&B does not take rows (BrokenPipeError: gone); they are dropped and counted"
+        "the reporter's sink does not take rows (BrokenPipeError: gone); they are dropped and counted"
     ]
 
 
@@ -154,12 +142,12 @@ def test_a_reporter_whose_service_died_ends_so_that_another_takes_its_place(tmp_
 
 
 def test_rows_carry_their_axis_and_only_numbers(tmp_path):
-    run = FakeRun()
-    reporter = Reporter(config(tmp_path), run)
+    sink = FakeSink()
+    reporter = Reporter(config(tmp_path), sink)
     reporter.learning({"loss": 1.5}, 3, draft_model=True)
     reporter.version({"note": "first", "gate": {"per_position": [0.5, 0.25], "passed": True}, "parent": None}, 2)
-    assert run.axes == {f"{group}/*": axis for group, axis in AXES.items()}
-    assert run.rows == [
+    assert sink.axes == AXES
+    assert sink.rows == [
         {"draft_model_step": 3, "draft_model_learning/loss": 1.5},
         {
             "drafter_version": 2,
@@ -171,11 +159,11 @@ def test_rows_carry_their_axis_and_only_numbers(tmp_path):
 
 
 def test_a_clock_that_jumps_back_costs_one_rate(tmp_path):
-    run = FakeRun()
-    reporter = Reporter(config(tmp_path), run)
+    sink = FakeSink()
+    reporter = Reporter(config(tmp_path), sink)
     for time_s in (100.0, 104.0, 50.0, 54.0):
         reporter.serving(BUILTINS, time_s)
-    assert [row.get("serving/tokens_per_s") for row in run.rows] == [None, 5.0, None, 5.0]
+    assert [row.get("serving/tokens_per_s") for row in sink.rows] == [None, 5.0, None, 5.0]
 
 
 def test_unknown_numbers_are_left_out_of_a_row():
@@ -187,6 +175,10 @@ def test_unknown_numbers_are_left_out_of_a_row():
         "trace_bytes": 0,
         "traces_dropped": 3,
         "skipped_draft_steps": 0,
+        "swap_failures": 0,
+        "rollbacks": 0,
+        "requests_refused": 0,
+        "alarms": 0,
         "drift": 0,
         "training_share": 0.0,
     }
@@ -235,3 +227,67 @@ def test_a_disabled_run_takes_rows_and_leaves_no_files(tmp_path):
 )
 def test_secrets_among_vllm_flags_are_masked(tmp_path, arguments, public):
     assert public_config(config(tmp_path, vllm_args=arguments))["vllm_args"] == public
+
+
+def test_a_row_tells_of_drafters_domains_lengths_and_latencies():
+    report = EngineReport(
+        request_steps=10,
+        draft_steps={0: 2, 3: 4, -1: 1},
+        accepted_by_domain={"": [2, 1], "a b/c": [8, 6], "idle": [0, 0]},
+        tokens_by_source={"target": 6, "ngram": 2},
+        plain_s=3.0,
+        measured_s=2.0,
+        k_histogram=[3, 0, 7],
+        latency_s={"token_p99": 0.25},
+        capture_s=0.5,
+        busy_s=10.0,
+    )
+    row = serving_row(report, report, None)
+    mix = {name: row[f"drafter_mix/{name}"] for name in ("neural", "table", "model", "none")}
+    assert mix == {"neural": 0.4, "table": 0.2, "model": 0.1, "none": 0.3}
+    lengths = {name: value for name, value in row.items() if name.startswith("domain/")}
+    assert lengths == {"domain/unlabelled/acceptance": 0.5, "domain/a_b_c/acceptance": 0.75}
+    assert (row["tokens_from/target"], row["tokens_from/ngram"], row["speedup"]) == (0.75, 0.25, 1.5)
+    assert (row["k_share/0"], row["k_share/2"], row["mean_k"]) == (0.3, 0.7, 1.4)
+    assert (row["latency/token_p99"], row["capture_share"]) == (0.25, 0.05)
+
+
+def test_alerts_and_published_drafters_reach_the_sink(tmp_path):
+    sink = FakeSink()
+    settings = config(tmp_path)
+    reporter = Reporter(settings, sink)
+    reporter.serving(msgspec.to_builtins(EngineReport(rollbacks=1)), 1.0)
+    assert [alert.kind for alert in sink.alerts] == ["rollback"]
+    store = DrafterStore(settings.store_dir)
+    published = store.publish(lambda directory: (directory / "model.safetensors").write_bytes(b"w"), {"parent": 0})
+    reporter.version({"parent": 0, "acceptance_length": 2.0}, 1)
+    reporter.version({"parent": 1}, 9, draft_model=True)
+    here, elsewhere = sink.drafters
+    assert (here.kind, here.number, here.directory) == ("drafter", 1, published.path)
+    assert here.metadata == {"parent": 0, "acceptance_length": 2.0, "sha256": published.digests}
+    assert (elsewhere.kind, elsewhere.directory) == ("draft_model", None)
+
+
+@pytest.mark.parametrize("artifacts", ["off", "reference", "files"])
+def test_a_published_drafter_is_an_artifact_with_its_lineage(tmp_path, monkeypatch, artifacts):
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
+    settings = config(tmp_path, reporter={"artifacts": artifacts})
+    store = DrafterStore(settings.store_dir)
+    store.publish(lambda directory: (directory / "model.safetensors").write_bytes(b"weights"), {})
+    reporter = Reporter(settings)
+    reporter.version({"parent": 3, "acceptance_length": 2.5}, 1)
+    reporter.finish()
+    assert reporter.dropped == 0
+    found = [r.request.log_artifact.artifact for r in records(run_file(settings.run_dir)) if r.HasField("request")]
+    found += [r.artifact for r in records(run_file(settings.run_dir)) if r.HasField("artifact")]
+    if artifacts == "off":
+        assert found == []
+        return
+    (artifact,) = found
+    told = json.loads(artifact.metadata)
+    assert (artifact.type, artifact.name, told["parent"], told["number"]) == ("drafter", "drafter-one", 3, 1)
+    assert set(told["sha256"]) == {"model.safetensors"}
+    assert "version-1" in artifact.aliases
+    contents = {entry.path: entry for entry in artifact.manifest.contents}
+    assert set(contents) == {"version.json", "model.safetensors", "READY"}
+    assert contents["model.safetensors"].ref.startswith("file://") == (artifacts == "reference")

@@ -14,6 +14,7 @@ by_kind = {
     dict[str, float]: st.dictionaries(st.sampled_from(["draft", "request"]), seconds),
     dict[str, int]: st.dictionaries(st.sampled_from(["target", "ngram"]), counts),
     dict[str, list[int]]: st.dictionaries(st.sampled_from(["", "sql"]), st.lists(counts, min_size=2, max_size=2)),
+    list[str]: st.lists(st.sampled_from(["speculation_off", "training_unsaved"]), max_size=2),
     dict[int, int]: st.dictionaries(versions, counts),
     dict[int, list[int]]: st.dictionaries(versions, st.lists(counts, max_size=4)),
     list[int]: st.lists(counts, max_size=5),

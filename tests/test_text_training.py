@@ -103,8 +103,10 @@ def test_it_learns_publishes_and_leaves_the_target_alone(
     assert published.number == training.version == 2
     verdict = published.metadata
     assert verdict["acceptance_length"] > verdict["parent_acceptance_length"] >= 1.0
-    assert [row["loss"] for _, row in told[:-1]] == losses
-    assert told[-1] == (2, verdict)
+    *steps, (_, gate), last = told
+    assert [row["loss"] for _, row in steps] == losses
+    assert gate["gate"]["acceptance_length"] == verdict["acceptance_length"]
+    assert last == (2, verdict)
     on_disk = load_draft_model(DrafterStore(loop.config.draft_model_dir).verify(2).path, loop._target)
     assert all(torch.equal(on_disk.state_dict()[n], t) for n, t in training.live.state_dict().items())
     assert all(torch.equal(a, b) for a, b in zip(frozen, (on_disk.embed_tokens, on_disk.lm_head), strict=True))

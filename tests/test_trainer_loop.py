@@ -49,7 +49,8 @@ def make(directory: Path, run_dir: Path, clock: Clock, sinks: Sinks | None = Non
 def test_it_trains_gates_publishes_and_saves(directory: Path, traffic: list, tmp_path: Path, clock: Clock) -> None:
     told: list[tuple[str, int]] = []
     sinks = Sinks(
-        lambda m, step: told.append(("step" if json.dumps(m) else "", step)), lambda m, n: told.append(("v", n))
+        lambda m, step: told.append(("gate" if "gate" in json.loads(json.dumps(m)) else "step", step)),
+        lambda m, n: told.append(("v", n)),
     )
     loop = make(directory, tmp_path, clock, sinks, publish_interval_s=10)
     assert loop.ingest(encode_traces(traffic)) == len(traffic)
@@ -59,7 +60,7 @@ def test_it_trains_gates_publishes_and_saves(directory: Path, traffic: list, tmp
     clock.now = 11
     loop.work()
     assert loop.version == 2
-    assert told[-1] == ("v", 2)
+    assert told[-2:] == [("gate", STEPS), ("v", 2)]
     assert [step for kind, step in told if kind == "step"] == list(range(1, STEPS + 1))
     version = DrafterStore(loop.config.store_dir).verify(2)
     assert version.metadata["parent"] == 1

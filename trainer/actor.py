@@ -91,10 +91,11 @@ def _tell_of(reporter: Any, **which: bool) -> Sinks:
     return Sinks(
         learning=lambda metrics, step: _tell(reporter.learning, metrics, step, **which),
         version=lambda metadata, number: _tell(reporter.version, metadata, number, **which),
+        drafts=lambda rows, step: _tell(reporter.drafts, rows, step),
     )
 
 
-def _tell(method: Any, values: dict[str, Any], number: int, **which: bool) -> None:
+def _tell(method: Any, values: dict[str, Any] | list[list[Any]], number: int, **which: bool) -> None:
     try:
         method.remote(values, number, **which)
     except ray.exceptions.RayError as error:

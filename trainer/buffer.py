@@ -9,6 +9,7 @@ sequence showed and draws those more often that still teach. It has no clock, th
 import hashlib
 import random
 from collections import Counter, OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -163,6 +164,13 @@ class Replay:
         """Whether there is anything to train on."""
         return any(s.starts >= MIN_STARTS for s in self._train.sequences.values())
 
+    def composition(self) -> dict[str, int]:
+        """Rows to train from, by domain."""
+        rows: Counter[str] = Counter()
+        for sequence in self._train.sequences.values():
+            rows[sequence.domain] += sequence.starts
+        return dict(rows)
+
     def stats(self) -> ReplayStats:
         sequences = self._train.sequences.values()
         return ReplayStats(
@@ -181,6 +189,12 @@ def is_held_out(request_id: str, share: float) -> bool:
     """Whether a request belongs to the gate: the same answer in every process and after every restart."""
     digest = hashlib.sha256(request_id.encode()).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+def staleness(drawn: Iterable[Sequence], newest: int) -> float | None:
+    """Mean of the versions by which the neural drafts of sequences are behind `newest`; None without such drafts."""
+    behind = [newest - d.version for sequence in drawn for d in sequence.drafts if d.version > TABLE_VERSION]
+    return sum(behind) / len(behind) if behind else None
 
 
 def _window(sequence: OpenSequence, starts: int, rng: random.Random) -> range:

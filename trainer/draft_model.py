@@ -221,6 +221,7 @@ class DraftModelTraining:
         self._trained_s, self._gate_s = 0.0, time.perf_counter() - began
         self.last_verdict = verdict
         log.info("draft model's gate: %.3f against %.3f live", verdict.candidate.length, verdict.live.length)
+        self._sinks.learning({"gate": verdict.numbers}, self.learner.steps)
         return self._release(verdict) if verdict.passed else None
 
     def _follow_rollback(self) -> None:

@@ -42,6 +42,16 @@ class Verdict:
     live: Acceptance
     passed: bool
 
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """What is reported of every judgement, passed or not."""
+        return {
+            "acceptance_length": self.candidate.length,
+            "live_acceptance_length": self.live.length,
+            "acceptance_per_position": list(self.candidate.per_position),
+            "passed": self.passed,
+        }
+
     def metadata(self, parent: int, steps: int, tokens: int) -> dict[str, Any]:
         """What a version that passed says of itself: child of `parent`, after so many trainer steps on `tokens`."""
         return {

@@ -21,13 +21,14 @@ from aurora.trace import decode_traces, unpack_states
 from drafters import TargetWeights, ensure_drafter, load_drafter, save_drafter
 from drafters.vocab import rechoose
 from trainer.budget import Budget, Load
-from trainer.buffer import Replay
+from trainer.buffer import Replay, staleness
 from trainer.checkpoint import SAVE_ERRORS, CheckpointRefused, load_checkpoint, save_checkpoint
 from trainer.draft_model import DraftModelTraining
 from trainer.flops import Speed, measure_peak, step_flops
 from trainer.gate import Verdict, judge
 from trainer.learner import Learner, StepMetrics, uses_bf16
 from trainer.rollout import build_batch
+from trainer.samples import DraftSamples, text_decoder
 from trainer.sinks import Sinks
 
 log = logging.getLogger(__name__)
@@ -69,6 +70,9 @@ class TrainerLoop:
         )
         sizes = self.live.config
         self._replay = Replay(sizes.hidden_size, sizes.vocab_size, self._settings.replay_mib, self._settings.holdout)
+        self._samples: DraftSamples | None = None
+        if config.reporter.draft_tables:
+            self._samples = DraftSamples(text_decoder(target_dir), self._settings.seed)
         self._resume()
         self._peak = measure_peak(uses_bf16(self._settings.precision, device), device)  # operations per second
         self._speed = Speed()
@@ -125,6 +129,8 @@ class TrainerLoop:
             before = self._replay.received
             for trace in traces:
                 self._replay.add(trace)
+            if self._samples is not None:
+                self._samples.add(traces)
             self._allowed += MAX_PASSES * (self._replay.received - before)
             self._changed.notify_all()
         return len(traces)
@@ -244,7 +250,7 @@ class TrainerLoop:
         rng = random.Random(f"{self._settings.seed}:{self._learner.steps}")
         with self._changed:
             windows = self._replay.sample(self._settings.batch_rows, rng)
-            stats = self._replay.stats()
+            stats, composition = self._replay.stats(), self._replay.composition()
             newest = max(self.version, self._replay.newest_version)  # a log may hold drafts of later versions
         started_s = time.perf_counter()
         batch = build_batch(
@@ -264,7 +270,8 @@ class TrainerLoop:
         self._trained_s += self._clock() - began
         self.last_step = metrics
         replay = {f"replay_{name}": value for name, value in asdict(stats).items()}
-        told = {**asdict(metrics), "acceptance_length": metrics.acceptance_length, **replay}
+        told = {**asdict(metrics), "acceptance_length": metrics.acceptance_length, **replay, "replay_rows": composition}
+        told["staleness"] = staleness((sequence for sequence, _ in windows), newest)
         self._sinks.learning(told | computed | speed.per_s(self._peak), metrics.step)
         return metrics
 
@@ -287,6 +294,7 @@ class TrainerLoop:
         """
         self._follow_rollback()
         self._gated_at, self._gated_step = self._clock(), self._learner.steps
+        self._tell_drafts()
         with self._changed:
             sequences = self._replay.held_out(self._settings.gate_sequences)
         if not sequences:
@@ -300,7 +308,15 @@ class TrainerLoop:
         with self._changed:
             self._budget.gated(verdict.candidate.length, verdict.live.length, self._clock())
         log.info("gate: %.3f against %.3f live", verdict.candidate.length, verdict.live.length)
+        self._sinks.learning({"gate": verdict.numbers}, self._learner.steps)
         return self._release(verdict) if verdict.passed else None
+
+    def _tell_drafts(self) -> None:
+        """Report some of the drafts since the last gate, if that was asked for."""
+        if self._samples is not None:
+            with self._changed:
+                rows = self._samples.take()
+            self._sinks.drafts(rows, self._learner.steps)
 
     def _adapt_vocabulary(self) -> None:
         """Choose the draft vocabulary anew if the traffic asks for it."""

@@ -7,7 +7,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Sinks:
-    """Of one drafter's training; both are called from the training thread and must return at once."""
+    """Of one drafter's training; all are called from the training thread and must return at once."""
 
     learning: Callable[[dict[str, Any], int], None] = lambda _metrics, _step: None
     version: Callable[[dict[str, Any], int], None] = lambda _metadata, _number: None
+    drafts: Callable[[list[list[Any]], int], None] = lambda _rows, _step: None  # of `DraftSamples.take`
