@@ -34,6 +34,7 @@ _BROKEN = 1  # replicas that may break off under one request before it is given 
 _REFUSED = 8  # times that a request is handed on because a replica does not take it
 _HOP = frozenset({b"connection", b"keep-alive", b"transfer-encoding", b"te", b"trailer", b"upgrade"})  # RFC 9110, 7.6.1
 _OURS = frozenset({b"host", b"content-length", b"authorization", b"x-api-key"})
+_UVICORNS = frozenset({b"date", b"server"})  # our own says them
 _NOBODY = "no replica is up; they are being started anew"
 
 
@@ -249,7 +250,7 @@ async def _chunks(answer: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
 
 
 def _head(answer: aiohttp.ClientResponse, replica: Replica) -> dict[str, object]:
-    headers = [(k.lower(), v) for k, v in answer.raw_headers if k.lower() not in _HOP]
+    headers = [(k.lower(), v) for k, v in answer.raw_headers if k.lower() not in _HOP and k.lower() not in _UVICORNS]
     headers.append((REPLICA_HEADER, replica.name.encode()))
     return {"type": "http.response.start", "status": answer.status, "headers": headers}
 
