@@ -64,11 +64,9 @@ class Model:
         app.get("/v1/models")(self._models)
         app.post("/v1/chat/completions")(self._chat)
 
-        async def get_tokenizer() -> Any:
-            return SimpleNamespace(decode=lambda ids: WORDS[ids[0]])
-
+        tokenizer = SimpleNamespace(decode=lambda ids: WORDS[ids[0]])
         processor = SimpleNamespace(process_outputs=lambda outputs: None)
-        client = SimpleNamespace(get_tokenizer=get_tokenizer, output_processor=processor)
+        client = SimpleNamespace(tokenizer=tokenizer, output_processor=processor)
         source_answers.install(app, self._book, client)
 
     async def _models(self) -> dict[str, Any]:
@@ -184,6 +182,14 @@ def test_it_fits_and_is_readable(tab: Any, size: dict[str, int], scheme: str) ->
     _sign_in(tab)
     assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth"), "nothing sticks out"
     assert tab.evaluate(_LEAST_CONTRAST) >= 4.5, "WCAG AA"
+
+
+def test_charts_follow_the_size_of_the_window(tab: Any) -> None:
+    _sign_in(tab)
+    for size in (NARROW, WIDE):
+        tab.set_viewport_size(size)
+        tab.wait_for_function("""() => [...document.querySelectorAll("main svg")].every(
+            (chart) => chart.viewBox.baseVal.width === chart.parentElement.clientWidth)""")
 
 
 def test_the_keyboard_reaches_everything(tab: Any) -> None:
