@@ -213,7 +213,7 @@ def measured(options: BenchOptions) -> BenchResult:
         kept = json.loads(file.read_text())
         found = BenchResult.of(kept)
         differs = [name for name, value in _identity(options).items() if kept["options"].get(name) != value]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"--json {file}: exists and is no bench to go on with ({error!r}); give another") from error
     if differs:
         flag = _FLAGS.get(differs[0], "--" + differs[0].replace("_", "-"))

@@ -201,7 +201,7 @@ def test_a_bench_that_was_cut_off_goes_on(urls: dict[str, str], tmp_path: Path) 
     for changed, flag in (({"loads": (Load(2),)}, "concurrency"), ({"datasets": ("x",)}, "dataset")):
         with pytest.raises(UserError, match=f"holds a bench with another --{flag};"):
             measured(replace(more, **changed))
-    for broken in ("", "[]", '{"rounds": [{"arm": "x"}]}'):
+    for broken in ("", "[]", '{"rounds": [{"arm": "x"}]}', '{"rounds": [], "step_costs": {}, "options": []}'):
         file.write_text(broken)
         with pytest.raises(UserError, match="exists and is no bench to go on with"):
             measured(more)

@@ -118,7 +118,7 @@ def write_tasks(place: Path) -> Path:
     directory.mkdir(parents=True)
     names = list(CAPITALS.values())
     rows = [
-        {"country": country, "capital": f" {capital}", "choices": [f" {names[(i + j) % 20]}" for j in range(4)]}
+        {"country": country, "capital": f" {capital}", "choices": sorted(f" {names[(i + j) % 20]}" for j in range(4))}
         for i, (country, capital) in enumerate(CAPITALS.items())
     ]
     data = directory / "capitals.jsonl"
@@ -150,7 +150,7 @@ def write_tasks(place: Path) -> Path:
 def scores(lm_eval: str, url: str, model: Path, tasks: Path, out: Path) -> dict[str, object] | str:
     """Score and answers of each task, or what went wrong."""
     settings = {"model": DEFAULT_MODEL, "base_url": f"{url}/v1/completions", "num_concurrent": 4, "max_retries": 1}
-    settings |= {"tokenizer": str(model), "tokenizer_backend": "huggingface", "tokenized_requests": False}
+    settings |= {"tokenizer": str(model), "tokenizer_backend": "huggingface"}
     given = ",".join(f"{name}={value}" for name, value in settings.items())
     command = [
         lm_eval,
