@@ -21,6 +21,7 @@ from aurora.command_options import (
     add_train_options,
 )
 from aurora.options import add_config_options, read_config, refuse_controlled, split_model
+from aurora.terminal_commands import add_terminal_commands
 
 _Command = Callable[[argparse.Namespace, list[str]], int]
 _Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -96,8 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_purge_options(purge)
     purge.set_defaults(run=_purge, passes_rest=False)
-    doctor = commands.add_parser("doctor", help="say what this machine lacks", allow_abbrev=False)
-    doctor.set_defaults(run=_doctor, passes_rest=False)
+    add_terminal_commands(commands)
     return parser
 
 
@@ -129,21 +129,6 @@ def _purge(known: argparse.Namespace, _rest: list[str]) -> int:
     files, size = purge(known.log, known.older_than_days * 86400)
     print(f"{known.log}: {files} files, {size / (1 << 20):.1f} MiB removed")
     return 0
-
-
-def _doctor(_known: argparse.Namespace, _rest: list[str]) -> int:
-    from rich.console import Console
-    from rich.table import Table
-
-    from aurora.environment import diagnose
-
-    findings = diagnose()
-    table = Table("", "check", "found", "remedy")
-    for finding in findings:
-        mark = "[red]fails" if finding.fatal else "[yellow]lacks" if finding.remedy else "[green]ok"
-        table.add_row(mark, finding.name, finding.value, finding.remedy)
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
-    return int(any(finding.fatal for finding in findings))
 
 
 def _add_traffic(commands: _Commands) -> None:
