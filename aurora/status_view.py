@@ -139,7 +139,7 @@ def _lengths(mix: Mapping[int, float], blocks: str) -> list[Text]:
     if not mix:
         return [_line("k", "no decode step yet")]
     ks = range(max(mix) + 1)
-    cell = 4 if len(ks) <= 7 else 2
+    cell = 4 if len(ks) <= 7 else 2 if len(ks) <= 14 else 1
     shares = [mix.get(k, 0.0) for k in ks]
     labels = "".join(f"{k if cell == 4 else k % 10:>{cell}}" for k in ks)
     bars = "".join(f"{block:>{cell}}" for block in sparkline(shares, len(shares), blocks, low=0.0, high=1.0))
