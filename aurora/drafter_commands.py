@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from aurora.config import UserError
 from aurora.drafter_records import (
+    IS_REJECTED,
     KINDS,
     LATEST,
     OLDER,
@@ -113,19 +114,21 @@ def rollback_target(options: StoreOptions, number: int | None) -> tuple[int, lis
     store = options.open()
     found = records(store)
     usable = [record.number for record in found if record.state in (LATEST, OLDER)]
+    latest = store.latest()
     if number is None:
-        if len(usable) < 2:
+        older = [n for n in usable if n < (latest or 0)]
+        if not older:
             raise UserError(f"{store.root}: nothing to go back to; usable versions: {_all(usable)}")
-        number = usable[-2]
+        number = older[-1]
     check_number(store, number)
     if number not in usable:
         (record,) = (r for r in found if r.number == number)
         raise UserError(f"version {number}: {record.state} ({record.reason}); choose one of {_all(usable)}")
-    if number == usable[-1]:
+    if number == latest:
         raise UserError(f"version {number}: the latest already; choose one of {_all(usable[:-1])}")
     with _refusals_are_the_users():
         store.verify(number)
-    return number, [n for n in usable if n > number]
+    return number, [r.number for r in found if r.number > number and r.state != IS_REJECTED]
 
 
 def _all(numbers: Sequence[int]) -> str:

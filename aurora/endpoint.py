@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from aurora.config import UserError
 
 if TYPE_CHECKING:
     import httpx
 
+_HERE = ("127.0.0.1", "localhost", "::1")  # never asked through a proxy
 _TIMEOUT_S = 5.0
 _PAGE_LIMIT = 16 << 20  # bytes of an answer; /metrics takes about 0.1 MiB
 
@@ -50,10 +52,14 @@ class Endpoint:
         import httpx
 
         root = check_url(url)
+        if not (key.isascii() and key.isprintable()):
+            raise UserError("the API key holds characters that no header takes; give a plain one")
         try:
-            return cls(root, httpx.Client(headers={"Authorization": f"Bearer {key}"}, timeout=_TIMEOUT_S))
-        except (UnicodeEncodeError, ValueError) as error:
-            raise UserError("the API key holds characters that no header takes; put a plain one on line 1") from error
+            proxied = urlsplit(root).hostname not in _HERE
+        except ValueError as error:
+            raise UserError(f"--url {url}: {error}") from error
+        headers = {"Authorization": f"Bearer {key}"}
+        return cls(root, httpx.Client(headers=headers, timeout=_TIMEOUT_S, trust_env=proxied))
 
     def page(self, path: str) -> str:
         """The text at `path`. Raises NoAnswer for what may pass, UserError for what the user must change."""

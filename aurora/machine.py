@@ -11,6 +11,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from netrc import NetrcParseError, netrc
@@ -124,7 +125,10 @@ def _size_of(path: Path) -> int | None:
 def _free_at(path: Path) -> int:
     """Free bytes where `path` is or would be made."""
     path = path.expanduser().absolute()
-    return shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
+    for place in (path, *path.parents):
+        with suppress(OSError):  # not there yet, or not ours to look into
+            return shutil.disk_usage(place).free
+    return 0
 
 
 def _run_dir_needs(config: AuroraConfig) -> int:

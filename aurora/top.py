@@ -53,7 +53,7 @@ def run_top(options: WatchOptions) -> int:
     console = Console()
     title = "top  " + _title(options)
     with _ended_in_order():
-        if console.is_terminal and sys.stdout.isatty() and not options.as_json:
+        if console.is_terminal and not console.is_dumb_terminal and sys.stdout.isatty() and not options.as_json:
             _show_live(watch, options, console, title)
         else:
             _write_lines(watch, options, title)

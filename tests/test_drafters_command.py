@@ -146,6 +146,12 @@ def test_a_rollback_goes_to_nothing_that_would_not_serve(run: Run, run_dir: Path
     assert DrafterStore(run_dir / "drafters").latest() == 3
 
 
+def test_a_damaged_latest_can_be_rolled_back(run: Run, run_dir: Path) -> None:
+    (run_dir / "drafters/v000003/READY").write_text("{")
+    assert "version 2 is the latest; rejected: 3" in run("rollback", "--yes")
+    assert DrafterStore(run_dir / "drafters").latest() == 2
+
+
 def test_what_is_published_during_a_rollback_goes_too(
     run_dir: Path, directory: Path, target: TargetWeights, monkeypatch: pytest.MonkeyPatch
 ) -> None:

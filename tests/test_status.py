@@ -265,6 +265,7 @@ def refusal(url: str, **options: object) -> str:
 def test_what_is_no_aurora_server_is_refused(running: tuple[Server, str], tmp_path: Path) -> None:
     server, url = running
     assert "must begin with http" in refusal("localhost:8000")
+    assert "--url http://[x" in refusal("http://[x")
     assert "no server answers" in refusal("http://127.0.0.1:9")
     server.page = "vllm:x 1\n"
     assert "--no-speculation" in refusal(url)
@@ -292,6 +293,8 @@ def test_the_key_comes_from_the_environment_or_a_file(
     file.write_text("secret\nother\n")
     watch(url, api_key_file=file)[0].first_look()
     assert "put a key on line 1" in refusal(url, api_key_file=tmp_path / "none")
+    monkeypatch.setenv("AURORA_API_KEY", "sec\nret")
+    assert "give a plain one" in refusal(url)
 
 
 def test_status_says_it_once_and_by_its_exit_code(
