@@ -26,6 +26,7 @@ from aurora.command_options import (
 )
 from aurora.dashboard_command import add_dashboard_commands
 from aurora.options import add_config_options, read_config, refuse_controlled, split_model
+from aurora.terminal_commands import add_terminal_commands
 
 _Command = Callable[[argparse.Namespace, list[str]], int]
 _Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -112,8 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     scale.add_argument("--router", metavar="NAME", help="which deployment, where there are several")
     scale.set_defaults(run=_scale, passes_rest=False)
     add_dashboard_commands(commands)
-    doctor = commands.add_parser("doctor", help="say what this machine lacks", allow_abbrev=False)
-    doctor.set_defaults(run=_doctor, passes_rest=False)
+    add_terminal_commands(commands)
     _add_cluster_commands(commands)
     return parser
 
@@ -170,21 +170,6 @@ def _scale(known: argparse.Namespace, _rest: list[str]) -> int:
     from aurora.scale import scale
 
     return scale(known.replicas, known.address, known.router)
-
-
-def _doctor(_known: argparse.Namespace, _rest: list[str]) -> int:
-    from rich.console import Console
-    from rich.table import Table
-
-    from aurora.environment import diagnose
-
-    findings = diagnose()
-    table = Table("", "check", "found", "remedy")
-    for finding in findings:
-        mark = "[red]fails" if finding.fatal else "[yellow]lacks" if finding.remedy else "[green]ok"
-        table.add_row(mark, finding.name, finding.value, finding.remedy)
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
-    return int(any(finding.fatal for finding in findings))
 
 
 def _add_traffic(commands: _Commands) -> None:

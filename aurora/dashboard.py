@@ -193,9 +193,7 @@ class WandbSink:
         self._run.log_artifact(artifact, aliases=["latest", f"version-{drafter.number}"])
 
     def alert(self, alert: Alert) -> None:
-        import wandb
-
-        level = wandb.AlertLevel.ERROR if alert.error else wandb.AlertLevel.WARN
+        level = "ERROR" if alert.error else "WARN"
         self._run.alert(f"aurora: {alert.kind}", alert.text, level=level, wait_duration=self._alert_s)
 
     def finish(self) -> None:

@@ -5,15 +5,19 @@ interval, so a difference over a few requests is approximate.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import TypeVar
 
 from prometheus_client.parser import text_string_to_metric_families
 
 from aurora.trace import TABLE_VERSION
 
 _VLLM_VERSION = -1  # vLLM's counters tell no version
+_Key = TypeVar("_Key")
+Labels = tuple[tuple[str, str], ...]  # names and values, ascending by name
+Samples = dict[str, dict[Labels, float]]  # by the sample's name
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,15 @@ class Scrape:
     emitted: float = 0.0
     live_version: int | None = None
     step_costs: dict[str, float] = field(default_factory=dict)  # seconds, by the names of `aurora.step_time.COSTS`
+
+
+def parse_samples(page: str) -> Samples:
+    """Every sample of a Prometheus text page. Raises ValueError if it is none."""
+    samples: Samples = defaultdict(dict)
+    for family in text_string_to_metric_families(page):
+        for sample in family.samples:
+            samples[sample.name][tuple(sorted(sample.labels.items()))] = sample.value
+    return dict(samples)
 
 
 def parse_scrape(page: str) -> Scrape:
@@ -59,9 +72,9 @@ def _vllm_scrape(totals: dict[str, float]) -> Scrape:
     )
 
 
-def _grown(before: dict[int, float], after: dict[int, float]) -> dict[int, float]:
-    """Growth by version; a counter that fell began again at 0 (the server restarted)."""
-    return {v: total - before.get(v, 0.0) if total >= before.get(v, 0.0) else total for v, total in after.items()}
+def grown(before: Mapping[_Key, float], after: Mapping[_Key, float]) -> dict[_Key, float]:
+    """Growth of counters, by version or labels; one that fell began again at 0 (the server restarted)."""
+    return {key: _increase(before.get(key, 0.0), total) for key, total in after.items()}
 
 
 def _increase(before: float, after: float) -> float:
@@ -72,8 +85,8 @@ def acceptance_length(before: Scrape | None, after: Scrape | None) -> float | No
     """1 + accepted / verification steps with drafts between two scrapes; None if unknown or nothing was drafted."""
     if before is None or after is None:
         return None
-    steps = sum(_grown(before.draft_steps, after.draft_steps).values())
-    return 1 + sum(_grown(before.accepted, after.accepted).values()) / steps if steps else None
+    steps = sum(grown(before.draft_steps, after.draft_steps).values())
+    return 1 + sum(grown(before.accepted, after.accepted).values()) / steps if steps else None
 
 
 def tokens_per_step(before: Scrape | None, after: Scrape | None) -> float | None:
@@ -89,5 +102,5 @@ def versions_seen(scrapes: Sequence[Scrape | None]) -> list[int]:
     known = [s for s in scrapes if s is not None]
     seen = {s.live_version for s in known if s.live_version is not None}
     for before, after in pairwise(known):
-        seen |= {v for v, growth in _grown(before.draft_steps, after.draft_steps).items() if growth > 0}
+        seen |= {v for v, growth in grown(before.draft_steps, after.draft_steps).items() if growth > 0}
     return sorted(version for version in seen if version > TABLE_VERSION)

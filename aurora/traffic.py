@@ -5,7 +5,6 @@ arrival times, however many are open (open loop). The turns of a conversation fo
 """
 
 import asyncio
-import os
 import random
 import signal
 import sys
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from aurora.arrivals import write_arrivals
 from aurora.config import UserError, require_positive, require_writable
+from aurora.endpoint import check_url, read_client_key
 from aurora.prompts import Conversation, read_prompts
 from aurora.scrape import Scrape, parse_scrape
 from aurora.sender import Record, Sender, one_line
@@ -60,25 +60,18 @@ class TrafficOptions:
             raise UserError(f"--temperature {self.temperature}: must be between 0 and 2")
         if not 0 < self.top_p <= 1:
             raise UserError(f"--top-p {self.top_p}: must be above 0 and at most 1")
-        if not self.url.startswith(("http://", "https://")):
-            raise UserError(f"--url {self.url}: must begin with http:// or https://, e.g. http://127.0.0.1:8000")
+        check_url(self.url)
         require_writable("--json", self.json_file)
         require_writable("--trace", self.trace)
 
     @property
     def root(self) -> str:
         """The server's URL without `/v1`."""
-        return self.url.rstrip("/").removesuffix("/v1")
+        return check_url(self.url)
 
     def key(self) -> str:
         """The API key to send. Raises UserError if the file given cannot be read or is empty."""
-        if self.api_key_file is not None:
-            try:
-                return self.api_key_file.read_text().split()[0]
-            except (OSError, IndexError) as error:
-                reason = getattr(error, "strerror", None) or "holds no key"
-                raise UserError(f"--api-key-file {self.api_key_file}: {reason}; put a key on line 1") from error
-        return os.environ.get("AURORA_API_KEY") or "none"
+        return read_client_key(self.api_key_file)
 
 
 def run(options: TrafficOptions) -> int:

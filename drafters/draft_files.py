@@ -8,6 +8,7 @@ the tokens to draft; the key `aurora` in `config.json` the target's fingerprint.
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from aurora.config import SpeculationConfig
-from aurora.store import DrafterRefused, DrafterStore, DrafterVersion
+from aurora.store import DrafterRefused, DrafterStore, DrafterVersion, sha256_file
 from drafters.draft_model import DraftModel, DraftModelConfig
 from drafters.files import REMEDY, compare_config, read_tensors
 from drafters.initialise import newest_or
@@ -25,8 +26,8 @@ from drafters.vocab import choose
 
 FROZEN = "frozen.safetensors"
 TRAINED = "trained.safetensors"
-_INDEX = "model.safetensors.index.json"
-_VOCABULARY = "draft_vocab.json"
+INDEX = "model.safetensors.index.json"
+VOCABULARY = "draft_vocab.json"
 _PREFIX = "model."
 
 
@@ -54,7 +55,7 @@ def save_draft_model(model: DraftModel, directory: Path, target: TargetWeights, 
     index = {"metadata": {}, "weight_map": places}
     ids: list[int] = model.draft_ids.tolist()
     config = _hugging_face(model.config, target)
-    for name, content in ((_INDEX, index), (_VOCABULARY, ids), ("config.json", config)):
+    for name, content in ((INDEX, index), (VOCABULARY, ids), ("config.json", config)):
         (directory / name).write_text(json.dumps(content, indent=None if content is ids else 2) + "\n")
 
 
@@ -97,9 +98,38 @@ def load_draft_model(directory: Path, target: TargetWeights) -> DraftModel:
     """
     config = _read_config(directory, target)
     model = DraftModel(config, target, _read_vocabulary(directory, config))
-    path = directory / TRAINED
-    tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in read_tensors(path).items()}
-    shapes = {name: parameter.shape for name, parameter in _trained(model)}
+    tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in read_tensors(directory / TRAINED).items()}
+    _check_tensors(tensors, {name: parameter.shape for name, parameter in _trained(model)}, directory / TRAINED)
+    model.copy_from({**tensors, "draft_ids": model.draft_ids})
+    return model
+
+
+def check_for(directory: Path, target: TargetWeights) -> None:
+    """Check a draft model from elsewhere, its copy of embedding and head included. Raises DrafterRefused."""
+    frozen = _frozen(load_draft_model(directory, target))
+    found = read_tensors(directory / FROZEN)
+    if found.keys() != frozen.keys() or not all(torch.equal(found[name], frozen[name].cpu()) for name in frozen):
+        raise DrafterRefused(f"{directory / FROZEN}: not the embedding and head of {target.name}; {REMEDY}")
+
+
+def check_like(directory: Path, like: Path) -> None:
+    """Check a draft model against one of the same target that is in use. Raises DrafterRefused."""
+    path = directory / "config.json"
+    try:
+        found, known = (json.loads((folder / "config.json").read_text()) for folder in (directory, like))
+        layers = int(known["num_hidden_layers"])
+        config = DraftModelConfig.for_target({**known, "num_hidden_layers": layers + 1}, layers)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DrafterRefused(f"{path}: not a draft model ({error}); {REMEDY}") from error
+    compare_config(path, found, known)
+    _read_vocabulary(directory, config)
+    shapes = {name: tensor.shape for name, tensor in read_tensors(like / TRAINED).items()}
+    _check_tensors(read_tensors(directory / TRAINED), shapes, directory / TRAINED)
+    if sha256_file(directory / FROZEN) != sha256_file(like / FROZEN):
+        raise DrafterRefused(f"{directory / FROZEN}: not the embedding and head of the target of {like}; {REMEDY}")
+
+
+def _check_tensors(tensors: dict[str, Tensor], shapes: Mapping[str, torch.Size], path: Path) -> None:
     odd = sorted(tensors.keys() ^ shapes.keys())
     if odd:
         raise DrafterRefused(f"{path}: key {odd[0]!r} is {'unknown' if odd[0] in tensors else 'missing'}; {REMEDY}")
@@ -110,8 +140,6 @@ def load_draft_model(directory: Path, target: TargetWeights) -> DraftModel:
             )
         if not bool(torch.isfinite(tensor).all()):
             raise DrafterRefused(f"{path}: {name} holds values that are not finite; {REMEDY}")
-    model.copy_from({**tensors, "draft_ids": model.draft_ids})
-    return model
 
 
 def _read_config(directory: Path, target: TargetWeights) -> DraftModelConfig:
@@ -127,7 +155,7 @@ def _read_config(directory: Path, target: TargetWeights) -> DraftModelConfig:
 
 
 def _read_vocabulary(directory: Path, config: DraftModelConfig) -> Tensor:
-    path = directory / _VOCABULARY
+    path = directory / VOCABULARY
     try:
         ids = torch.tensor(json.loads(path.read_text()), dtype=torch.int64)
         sane = ids.dim() == 1 and len(ids) > 0 and bool((ids.diff() > 0).all())

@@ -77,6 +77,33 @@ def check_tensors(directory: Path, target_dir: Path) -> None:
     _check_tensors(read_tensors(path), check_directory(directory, target_dir), path)
 
 
+def check_for(directory: Path, target: TargetWeights) -> None:
+    """Check a drafter from elsewhere against its target. Raises DrafterRefused as `load_drafter` does."""
+    load_drafter(directory, target)
+
+
+def check_like(directory: Path, like: Path) -> None:
+    """Check a drafter against one of the same target that is in use. Raises DrafterRefused as `load_drafter` does.
+
+    What a server that runs `like` cannot exchange without a restart, the size of the draft vocabulary, must be equal.
+    """
+    try:
+        known = json.loads((like / "config.json").read_text())
+        layers = known["eagle_aux_hidden_state_layer_ids"][-1] + 3  # of the target: see `default_aux_layers`
+        target = {**known["transformer_layer_config"], "num_hidden_layers": layers}
+        name = known["speculators_config"]["verifier"]["name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise DrafterRefused(f"{like}: its config.json says nothing of the target ({error})") from error
+    config = _check_config(directory, target, name, known.get("aurora", {}).get("target_fingerprint"))
+    path = directory / "model.safetensors"
+    _check_tensors(read_tensors(path), config, path)
+    if config.draft_vocab_size != known["draft_vocab_size"]:
+        raise DrafterRefused(
+            f"{directory / 'config.json'}: draft_vocab_size is {config.draft_vocab_size}, the drafter in use has "
+            f"{known['draft_vocab_size']}; start a server of its own for it"
+        )
+
+
 def _check_config(directory: Path, target: dict[str, Any], target_name: str, fingerprint: str | None) -> Eagle3Config:
     path = directory / "config.json"
     try:

@@ -1,8 +1,14 @@
+import errno
+import json
+import socket
 from pathlib import Path
 
 import pytest
 
-from aurora import environment
+from aurora import environment, machine
+from aurora import machine_checks as checks
+from aurora.cli import main
+from aurora.config import AuroraConfig
 from aurora.environment import Finding, diagnose, engine_environment, kv_cache_bytes
 
 
@@ -98,11 +104,125 @@ def test_the_diagnosis_has_a_remedy_for_all_that_is_missing(monkeypatch: pytest.
     assert not findings["tcmalloc"].fatal
 
 
-def test_doctor_fails_when_serving_would(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from aurora.cli import main
+def doctor(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    code = main(["doctor", *arguments])
+    return code, capsys.readouterr().out
 
+
+def test_doctor_fails_when_serving_would(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(machine, "examine", lambda _config: [])
     monkeypatch.setattr(environment, "diagnose", lambda: [Finding("vllm", "missing", "run `make install`", fatal=True)])
-    assert main(["doctor"]) == 1
-    assert "run `make install`" in capsys.readouterr().out
+    code, said = doctor(capsys)
+    assert code == 1
+    assert "run `make install`" in said
     monkeypatch.setattr(environment, "diagnose", lambda: [Finding("tcmalloc", "missing", "optional")])
-    assert main(["doctor"]) == 0
+    code, said = doctor(capsys, "--json")
+    assert code == 0
+    assert json.loads(said) == [{"name": "tcmalloc", "value": "missing", "remedy": "optional", "fatal": False}]
+
+
+def test_doctor_looks_at_this_machine_with_the_flags_of_serve(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.undo()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, said = doctor(capsys, "--json", "--port", str(port), "--run-dir", str(tmp_path / "not/yet"))
+    found = {finding["name"]: finding for finding in json.loads(said)}
+    assert code == 1
+    assert found["port"]["fatal"]
+    assert f"127.0.0.1:{port} is taken" in found["port"]["value"]
+    assert str(tmp_path) in found["run_dir disk"]["value"]
+    assert found.keys() >= {"threads", "load", "open files", "/dev/shm", "swap", "clock", "W&B", "Ray processes"}
+    _, said = doctor(capsys, "--json", "--port", "0")
+    assert {f["name"]: f for f in json.loads(said)}["port"]["value"] == "any"
+
+
+GIB = 1 << 30
+CONFIG = AuroraConfig()
+HERE = Path("/srv/run")
+WELL = {
+    "threads": checks.threads(4, None, 3),
+    "as many threads": checks.threads(4, "4", 1),
+    "no quota": checks.quota(4, "max 100000"),
+    "no cgroup": checks.quota(4, None),
+    "quota of all": checks.quota(4, "400000 100000"),
+    "load": checks.load(4, 6.0),
+    "governor": checks.governor(["performance"]),
+    "no governor": checks.governor([]),
+    "madvise": checks.huge_pages("always [madvise] never"),
+    "no huge pages to see": checks.huge_pages(None),
+    "swap": checks.swap(0, "1"),
+    "files": checks.open_files(65536),
+    "files without end": checks.open_files(-1),
+    "shm": checks.shared_memory(2 * GIB),
+    "no shm to see": checks.shared_memory(None),
+    "disk": checks.disk("run_dir", HERE, GIB, GIB),
+    "memory": checks.memory(64 * GIB, GIB, CONFIG),
+    "port": checks.port("::1", 8000, None),
+    "Ray": checks.other_ray([], "me"),
+    "own Ray": checks.ray_address(None, None, None),
+    "asked for": checks.ray_address("10.0.0.1:6379", None, "auto"),
+    "offline": checks.wandb_login("offline", False),
+    "online": checks.wandb_login("online", True),
+    "clock": checks.clock(2.0, 1.0, True),
+    "no NTP to see": checks.clock(2.0, 1.0, None),
+    "CPU build": checks.engine_build(False, None, None, True),
+    "GPU build": checks.engine_build(True, "12.8", "13.0", False),
+}
+ILL = {
+    "OMP": (checks.threads(4, "8", 1), "OMP_NUM_THREADS", False),
+    "trainer": (checks.threads(4, None, 4), "--trainer-threads 3", False),
+    "quota": (checks.quota(4, "150000 100000"), "pin it to 1 cores", False),
+    "load": (checks.load(2, 3.1), "end what else computes", False),
+    "governor": (checks.governor(["performance", "powersave"]), "cpupower", False),
+    "never": (checks.huge_pages("always madvise [never]"), "echo madvise", False),
+    "overcommit": (checks.swap(0, "2"), "vm.overcommit_memory=0", False),
+    "swapped": (checks.swap(2 * GIB, "0"), "swapoff", False),
+    "files": (checks.open_files(1024), "ulimit -n", False),
+    "shm": (checks.shared_memory(64 << 20), "--shm-size", False),
+    "disk": (checks.disk("run_dir", HERE, GIB - 1, GIB), "free 1.0 GiB at /srv/run", False),
+    "memory": (checks.memory(4 * GIB, 2 * GIB, CONFIG), "trainer.replay_mib", False),
+    "no memory": (checks.memory(4 * GIB, 5 * GIB, CONFIG), "smaller model", True),
+    "taken": (checks.port("127.0.0.1", 80, errno.EADDRINUSE), "another --port", True),
+    "not ours": (checks.port("127.0.0.1", 80, errno.EACCES), "another --port", True),
+    "my Ray": (checks.other_ray([(7, "raylet", "me"), (8, "raylet", "you")], "me"), "kill 7", False),
+    "your Ray": (checks.other_ray([(8, "raylet", "you")], "me"), "ask their users", False),
+    "RAY_ADDRESS": (checks.ray_address("10.0.0.1:6379", None, None), "unset RAY_ADDRESS", True),
+    "ray start": (checks.ray_address(None, "10.0.0.1:6379", None), "ray stop", False),
+    "no key": (checks.wandb_login("online", False), "wandb login", True),
+    "slow clock": (checks.clock(1.0, 2.0, True), "timedatectl", False),
+    "no NTP": (checks.clock(2.0, 1.0, False), "timedatectl", False),
+    "no GPU": (checks.engine_build(False, "12.8", None, False), "EXTRA=cpu", True),
+    "CPU engine on a GPU": (checks.engine_build(True, None, "13.0", True), "EXTRA=gpu", False),
+    "CPU torch": (checks.engine_build(True, None, "13.0", False), "EXTRA=gpu", True),
+    "old driver": (checks.engine_build(True, "13.0", "12.4", False), "newer driver", True),
+}
+
+
+@pytest.mark.parametrize("case", WELL)
+def test_what_is_well_needs_no_remedy(case: str) -> None:
+    assert (WELL[case].remedy, WELL[case].fatal) == ("", False)
+
+
+@pytest.mark.parametrize("case", ILL)
+def test_what_is_wrong_has_a_remedy(case: str) -> None:
+    finding, remedy, fatal = ILL[case]
+    assert remedy in finding.remedy
+    assert finding.fatal == fatal
+
+
+def test_a_key_for_wandb_is_found_without_wandb(tmp_path: Path) -> None:
+    file = tmp_path / "netrc"
+    file.write_text("machine api.wandb.ai login user password key\n")
+    file.chmod(0o600)
+    assert machine.has_wandb_key({"WANDB_API_KEY": "x"})
+    assert machine.has_wandb_key({"NETRC": str(file)})
+    assert not machine.has_wandb_key({"NETRC": str(file), "WANDB_BASE_URL": "https://wandb.example.org"})
+    assert not machine.has_wandb_key({"NETRC": str(tmp_path / "none")})
+
+
+def test_torchs_cuda_is_read_without_torch() -> None:
+    import torch
+
+    assert machine.torch_cuda() == torch.version.cuda
