@@ -14,7 +14,7 @@ import numpy as np
 from aurora.arrivals import ArrivalTrace
 from aurora.batching import NOBODY, WAITING, Engine, Load, State, Until
 from aurora.replica_states import advance_all, give, new_fleet
-from aurora.routing import Arrival, Candidate, LengthPredictor, Policy, PrefixMap, RequestTimes
+from aurora.routing import Arrival, Candidate, FleetTimes, LengthPredictor, Policy, PrefixMap
 from aurora.speculation_rules import Rule
 
 _LONGEST = 1 << 20  # tokens that an answer is expected to have at most
@@ -43,7 +43,7 @@ class Router:
         self._policy, self._load, self._known = policy, load, known
         self._names = [str(i) for i in range(replicas)]
         self._lengths = LengthPredictor()
-        self._times = [RequestTimes() for _ in range(replicas)]
+        self._times = FleetTimes()
         self._prefixes = PrefixMap(known.block_tokens, max(kv_tokens // known.block_tokens, 1))
         self._open = [0] * replicas
         self._open_s = [0.0] * replicas  # sum of open requests over time, until `_since`
@@ -68,14 +68,12 @@ class Router:
         expected = self._lengths.expected(self._label(request), prompt, _LONGEST)
         cached = [self._cached(name, request, prompt) for name in self._names]
         candidates = [
-            Candidate(name, count, tokens, times.tokens_per_s(count + 1), found)
-            for name, count, tokens, times, found in zip(
-                self._names, self._open, fleet.clock[:, WAITING].tolist(), self._times, cached, strict=True
+            Candidate(name, count, tokens, self._times.tokens_per_s(name, count + 1), found)
+            for name, count, tokens, found in zip(
+                self._names, self._open, fleet.clock[:, WAITING].tolist(), cached, strict=True
             )
         ]
-        speeds = [s for s in (times.prefill_tokens_per_s for times in self._times) if s]
-        arrival = Arrival(prompt, expected, sum(speeds) / len(speeds) if speeds else 0.0)
-        chosen = self._policy.choose(candidates, arrival)
+        chosen = self._policy.choose(candidates, Arrival(prompt, expected, self._times.prefill_tokens_per_s))
         if self._known.blocks:
             self._prefixes.served(self._names[chosen], self._known.blocks[request])
         self._count(chosen, now, 1)
@@ -89,7 +87,8 @@ class Router:
         self._lengths.observe(self._label(request), prompt, said)
         seconds = finish - float(self._load.arrival[request])
         beside = (self._open_s[replica] - self._came_at[request]) / seconds - 1
-        self._times[replica].observe(prompt - int(fleet.cached[request]), said, beside, seconds)
+        new = prompt - int(fleet.cached[request])
+        self._times.observe(self._names[replica], new, said, max(beside, 0.0), seconds)
 
     def _count(self, replica: int, now: float, more: int) -> None:
         self._open_s[replica] += self._open[replica] * (now - self._since[replica])

@@ -28,6 +28,7 @@ from aurora.speculation_rules import Rule, Slots
 
 Floats = npt.NDArray[np.float64]
 
+_LEFTOVER = 0.1  # of an answer that is longer than expected is expected to follow
 _OF_ALL = ("after", "cached", "expected", "emitted", "first", "finish", "ended")  # arrays of State that replicas share
 
 
@@ -79,14 +80,20 @@ def advance_all(fleet: State, load: Load, engine: Engine, rules: Rule, until: Un
 
 @compiled
 def _waiting(state: State) -> float:
-    """Tokens that the replica's open requests are expected to emit: at least one each."""
+    """Tokens that the replica's open requests are expected to emit."""
     count, tokens = state.counts, state.clock[QUEUED]
     for slot in state.order[: count[RUNNING]]:
-        request = state.slots.request[slot]
-        tokens += max(state.expected[request] - state.emitted[request], 1.0)
+        tokens += _remaining(state, state.slots.request[slot])
     for request in state.again[: count[AGAIN]]:
-        tokens += max(state.expected[request] - state.emitted[request], 1.0)
+        tokens += _remaining(state, request)
     return float(max(tokens, 0.0))
+
+
+@compiled
+def _remaining(state: State, request: int) -> float:
+    """Tokens that a request is expected to emit yet, as the live router expects it (`serve.fleet`)."""
+    expected, emitted = state.expected[request], state.emitted[request]
+    return float(max(expected - emitted, _LEFTOVER * max(expected, emitted)))
 
 
 @compiled

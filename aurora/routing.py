@@ -7,6 +7,7 @@ at most r of each of theirs (processor sharing: Kleinrock 1967):
     finish = (prompt - cached) / prefill speed + (r + min(R, n r)) / (decode speed with one more * domain gain)
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import numpy.typing as npt
 
 MAX_LABELS = 256  # kinds of requests that are told apart
 _PRIOR = 4.0  # requests that a group's mean needs to count as much as what it is shrunk to
+_PACE_PRIOR, _PACE_MEMORY = 16.0, 0.99  # requests that a pace of 1 counts for; of a finished request
 _MEMORY = 0.98  # of a finished request, for each one that ends after it
 
 
@@ -209,3 +211,41 @@ class RequestTimes:
     def predicted_s(self, new_prompt_tokens: float, emitted: float, beside: float) -> float:
         """Seconds that a request was to take; 0 while unknown."""
         return float(self._fit @ np.array([new_prompt_tokens, emitted, emitted * beside]))
+
+
+class FleetTimes:
+    """How long replicas take: what all of them have in common (`RequestTimes`), and each one's pace beside it.
+
+    One replica alone ends too few requests, and too few different ones, to tell what an open request more costs: fits
+    of its own differ by chance, and the replica that seems fast is sent everything.
+    """
+
+    def __init__(self) -> None:
+        self.common = RequestTimes()
+        self._paces: dict[str, tuple[float, float]] = {}  # weight, sum of log(seconds / predicted)
+
+    def observe(self, name: str, new_prompt_tokens: float, emitted: float, beside: float, seconds: float) -> None:
+        """A request took replica `name` so long (`RequestTimes.observe`)."""
+        predicted = self.common.predicted_s(new_prompt_tokens, emitted, beside)
+        if predicted > 0:
+            weight, total = self._paces.get(name, (0.0, 0.0))
+            over = math.log(max(seconds, 1e-6) / predicted)
+            self._paces[name] = weight * _PACE_MEMORY + 1, total * _PACE_MEMORY + over
+        self.common.observe(new_prompt_tokens, emitted, beside, seconds)
+
+    def pace(self, name: str) -> float:
+        """Seconds that it takes for each one that replicas take usually."""
+        weight, total = self._paces.get(name, (0.0, 0.0))
+        return math.exp(total / (weight + _PACE_PRIOR))
+
+    def tokens_per_s(self, name: str, open_requests: int) -> float:
+        """Tokens a second over all of its requests with `open_requests` (>= 1) open; 0 while unknown."""
+        return self.common.tokens_per_s(open_requests) / self.pace(name)
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        return self.common.prefill_tokens_per_s
+
+    def forget(self, name: str) -> None:
+        """It is another one now."""
+        self._paces.pop(name, None)

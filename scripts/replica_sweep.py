@@ -57,13 +57,16 @@ def sweep(
             arrivals = trace.faster(replicas * share * most / rate(trace))
             load, known = draw_load(arrivals, drafts, options.seed), fleet.Known.of(arrivals)
             found, busiest = {}, {}
-            for router in POLICIES:
+            for router in POLICIES if replicas > 1 else ("round_robin",):
                 nothing = np.zeros(options.max_seqs + 1, np.int64)
                 rule = new_rule(speculation_rules.GOODPUT, drafts, machine.costs, nothing, options.exploration)
                 each = same_rules(rule, [rule.costs] * replicas)
                 *_, state = fleet.simulate_fleet(load, options.engine, each, POLICIES[router](), known)
                 busiest[router] = float(state.counts[:, batching.GIVEN].max() * replicas / len(arrivals))
                 found[router] = summarise(router, load, together(state))
+            for router in POLICIES:  # one replica gets everything whoever routes
+                found.setdefault(router, replace(found["round_robin"], policy=router))
+                busiest.setdefault(router, 1.0)
             yield Found(f"{machine.name}, {name}, {replicas} replicas, load {share:g}", replicas, share, found, busiest)
 
 
@@ -98,12 +101,12 @@ def main() -> None:
     parser.add_argument("--profile", type=Path, required=True, help="of `aurora replay`")
     parser.add_argument("--machine", type=Path, action="append", required=True, help="step costs; repeatable")
     parser.add_argument("--requests", type=int, default=2000)
-    parser.add_argument("--load", type=float, action="append", help="repeatable (default: 0.7 and 1)")
+    parser.add_argument("--load", type=float, action="append", help="repeatable (default: 0.8)")
     parser.add_argument("--turns", type=float, help="of a conversation, 1 or more; default: none has a next one")
     parser.add_argument("--results", type=Path, help="put rows of results there")
     options = parser.parse_args()
     drafts, machines = read_profile(options.profile), [Machine.read(file) for file in options.machine]
-    loads = tuple(options.load or (0.7, 1.0))
+    loads = tuple(options.load or (0.8,))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     found: list[Found] = []
     with Progress(*columns, console=Console(stderr=True)) as progress:
