@@ -19,6 +19,7 @@ import numpy.typing as npt
 MAX_LABELS = 256  # kinds of requests that are told apart
 _PRIOR = 4.0  # requests that a group's mean needs to count as much as what it is shrunk to
 _PACE_PRIOR, _PACE_MEMORY = 16.0, 0.99  # requests that a pace of 1 counts for; of a finished request
+_MOST_OVER = 3.0  # logarithm of a ratio that is believed
 _MEMORY = 0.98  # of a finished request, for each one that ends after it
 
 
@@ -229,7 +230,7 @@ class FleetTimes:
         predicted = self.common.predicted_s(new_prompt_tokens, emitted, beside)
         if predicted > 0:
             weight, total = self._paces.get(name, (0.0, 0.0))
-            over = math.log(max(seconds, 1e-6) / predicted)
+            over = min(max(math.log(max(seconds, 1e-6) / predicted), -_MOST_OVER), _MOST_OVER)
             self._paces[name] = weight * _PACE_MEMORY + 1, total * _PACE_MEMORY + over
         self.common.observe(new_prompt_tokens, emitted, beside, seconds)
 
@@ -242,8 +243,13 @@ class FleetTimes:
         """Tokens a second over all of its requests with `open_requests` (>= 1) open; 0 while unknown."""
         return self.common.tokens_per_s(open_requests) / self.pace(name)
 
+    def predicted_s(self, name: str, new_prompt_tokens: float, emitted: float, beside: float) -> float:
+        """Seconds that a request was to take at replica `name`; 0 while unknown."""
+        return self.common.predicted_s(new_prompt_tokens, emitted, beside) * self.pace(name)
+
     @property
     def prefill_tokens_per_s(self) -> float:
+        """Prompt tokens a second of a usual replica; 0 while unknown or too fast to tell."""
         return self.common.prefill_tokens_per_s
 
     def forget(self, name: str) -> None:
