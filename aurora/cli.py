@@ -270,6 +270,8 @@ def _logs(known: argparse.Namespace, _rest: list[str]) -> int:
     from aurora.logs import LogsOptions, run
 
     return run(LogsOptions(**_options(known)))
+
+
 def _of(options: type[Any], known: argparse.Namespace) -> dict[str, Any]:
     """The flags that these options have."""
     return {field.name: getattr(known, field.name) for field in dataclasses.fields(options)}

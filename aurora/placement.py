@@ -8,10 +8,10 @@ Replicas are all alike, so that a placement exists if and only if the nodes' cap
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-from aurora.config import UserError, require_positive
+from aurora.config import AuroraConfig, UserError, require_positive
 from aurora.model_size import ModelSize
 
 TrainerPlace = Literal["auto", "gpu", "shared", "cpu", "none"]
@@ -237,6 +237,21 @@ def ray_nodes(nodes: Iterable[Mapping[str, Any]], gpu_gib: float | None = None) 
     """Nodes of `ray.nodes()`; gpu_gib: memory of a GPU whose type is not known. Raises UserError without it."""
     alive = [node for node in nodes if node["Alive"] and not node["Resources"].get("head")]
     return [_ray_node(node["NodeManagerAddress"], node["Resources"], gpu_gib) for node in alive]
+
+
+def as_configured(config: AuroraConfig, nodes: Sequence[Node], model: ModelSize) -> Placement:
+    """Where `aurora serve` finds room with this configuration. Raises UserError where it does not."""
+    servers, trainer = config.server.num_gpus, config.trainer.num_gpus
+    place_of_trainer: TrainerPlace = "gpu" if trainer >= 1 else "shared" if trainer > 0 else "cpu"
+    wanted = Wanted(
+        replicas=config.cluster.replicas,
+        tensor_parallel_size=max(int(servers), 1),
+        server_cpus=int(config.server.num_cpus or 1),
+        trainer_cpus=config.trainer.threads,
+        trainer=place_of_trainer if config.learning else "none",
+        duty=config.trainer.duty,
+    )
+    return place([node if servers else replace(node, gpus=0) for node in nodes], model, wanted)
 
 
 def _ray_node(name: str, resources: Mapping[str, float], gpu_gib: float | None) -> Node:

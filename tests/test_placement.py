@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aurora.config import UserError
+from aurora.config import AuroraConfig, UserError
 from aurora.model_size import ModelSize, drafter_parameters, target_parameters
-from aurora.placement import Node, Placement, Wanted, place, ray_nodes, usable
+from aurora.placement import Node, Placement, Wanted, as_configured, place, ray_nodes, usable
 
 GIB = 1 << 30
 LLAMA_8B = {
@@ -184,6 +184,21 @@ def test_values_that_make_no_sense_are_refused():
     ):
         with pytest.raises(UserError, match=said):
             Wanted(**fields)
+
+
+@pytest.mark.parametrize(
+    ("server", "trainer", "kind"),
+    [(1, 1, "GPUs split"), (1, 0.25, "shared GPU"), (1, 0, "GPUs and a trainer on CPUs"), (0, 0, "CPUs")],
+)
+def test_a_configuration_says_what_is_wanted(server: float, trainer: float, kind: str):
+    config = AuroraConfig(server={"num_gpus": server}, trainer={"num_gpus": trainer})
+    assert as_configured(config, [Node("a", 8, 2, 24 * GIB)], MODEL).kind == kind
+
+
+def test_a_configuration_that_finds_no_room_is_refused():
+    config = AuroraConfig(server={"num_gpus": 1}, trainer={"enabled": False}, cluster={"replicas": 3})
+    with pytest.raises(UserError, match="--replicas 3: there is room for 2"):
+        as_configured(config, [Node("a", 8, 2, 24 * GIB)], MODEL)
 
 
 def test_sizes_come_from_the_configuration(tmp_path: Path):
