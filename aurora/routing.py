@@ -19,6 +19,7 @@ import numpy.typing as npt
 MAX_LABELS = 256  # kinds of requests that are told apart
 _PRIOR = 4.0  # requests that a group's mean needs to count as much as what it is shrunk to
 _PACE_PRIOR, _PACE_MEMORY = 16.0, 0.99  # requests that a pace of 1 counts for; of a finished request
+AS_GOOD = 1.25  # times the earliest finish: no estimate is better than that
 _MOST_OVER = 3.0  # logarithm of a ratio that is believed
 _MEMORY = 0.98  # of a finished request, for each one that ends after it
 
@@ -73,7 +74,10 @@ class LeastLoaded:
 
 
 class EarliestFinish:
-    """The one whose last token is expected first."""
+    """The one whose last token is expected first; of those that are about as good the one with the fewest requests.
+
+    Speeds are estimates: to follow every small difference of theirs would crowd one replica after the other.
+    """
 
     def __init__(self, domain_gain: float = 1.0) -> None:
         """domain_gain: how much faster a replica emits whose drafters know the domain (>= 1)."""
@@ -84,7 +88,9 @@ class EarliestFinish:
         if not known:
             return LeastLoaded().choose(candidates, arrival)
         usual = sum(known) / len(known)
-        return min(_living(candidates), key=lambda i: (self.finish_s(candidates[i], arrival, usual), i))
+        finish = {i: self.finish_s(candidates[i], arrival, usual) for i in _living(candidates)}
+        good = [i for i, seconds in finish.items() if seconds <= AS_GOOD * min(finish.values())]
+        return min(good, key=lambda i: (candidates[i].open_requests, finish[i], i))
 
     def finish_s(self, candidate: Candidate, arrival: Arrival, usual_tokens_per_s: float) -> float:
         """Seconds until the answer is complete; `usual_tokens_per_s` stands in for an unknown speed."""

@@ -23,6 +23,7 @@ LLAMA_8B = {
     "torch_dtype": "bfloat16",
     "rms_norm_eps": 1e-5,
     "model_type": "llama",
+    "max_position_embeddings": 131072,
 }
 MODEL = ModelSize("m", 10 * GIB, 1 << 17, 32, 5 * GIB)  # a replica: 10 + 2 (KV) + 2 GiB; trainer: 6 GiB
 
