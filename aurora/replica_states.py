@@ -1,6 +1,7 @@
 """The state of several replicas at once, and its compiled advance: what `aurora.batching` does, replica by replica."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -147,5 +148,6 @@ def _rule(rules: Rule, i: int) -> Rule:
     )
 
 
-def _stack(array: npt.NDArray[np.generic], times: int) -> npt.NDArray[np.generic]:
+def _stack(array: Any, times: int) -> Any:
+    """The array so many times over, on a first axis of their own."""
     return np.repeat(array[None], times, axis=0)

@@ -5,7 +5,7 @@ python scripts/replica_sweep.py TRACE... --profile table.safetensors --machine d
 A load is a share of what the replicas together serve without speculation when requests never run out; a trace is sped
 up until its mean rate is that, so that each replica has as much to do however many there are. Lengths are chosen by the
 goodput rule. With --turns each request belongs by lot to a conversation of so many turns on average, whose prompts
-begin alike, and replicas keep prompts as vLLM does.
+begin alike, and replicas keep prompts as vLLM does. With --slow the first replica is slower than the others.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from rate_sweep import Machine, fitting, rate, saturated
+from rate_sweep import Case, Machine, fitting, rate, saturated
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -47,9 +47,10 @@ class Found:
 
 
 def sweep(
-    trace: ArrivalTrace, name: str, drafts: AcceptanceProfile, machine: Machine, loads: tuple[float, ...]
+    case: Case, trace: ArrivalTrace, drafts: AcceptanceProfile, loads: tuple[float, ...], slow: float
 ) -> Iterator[Found]:
-    """What every router makes of each number of replicas and load."""
+    """What every router makes of each number of replicas and load; slow: times that the first replica takes."""
+    machine, name = case.machine, case.trace
     options = SimulateOptions(trace=Path(name), profile=Path(), costs=Path(), kv_tokens=machine.kv_tokens)
     most = len(trace) / saturated(trace, drafts, machine, options).finish.max()
     for replicas in REPLICAS:
@@ -60,7 +61,7 @@ def sweep(
             for router in POLICIES if replicas > 1 else ("round_robin",):
                 nothing = np.zeros(options.max_seqs + 1, np.int64)
                 rule = new_rule(speculation_rules.GOODPUT, drafts, machine.costs, nothing, options.exploration)
-                each = same_rules(rule, [rule.costs] * replicas)
+                each = same_rules(rule, [rule.costs * slow, *[rule.costs] * (replicas - 1)])
                 *_, state = fleet.simulate_fleet(load, options.engine, each, POLICIES[router](), known)
                 busiest[router] = float(state.counts[:, batching.GIVEN].max() * replicas / len(arrivals))
                 found[router] = summarise(router, load, together(state))
@@ -103,6 +104,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--load", type=float, action="append", help="repeatable (default: 0.8)")
     parser.add_argument("--turns", type=float, help="of a conversation, 1 or more; default: none has a next one")
+    parser.add_argument("--slow", type=float, default=1.0, help="times that a step of the first replica takes")
     parser.add_argument("--results", type=Path, help="put rows of results there")
     options = parser.parse_args()
     drafts, machines = read_profile(options.profile), [Machine.read(file) for file in options.machine]
@@ -116,7 +118,9 @@ def main() -> None:
                 trace, name = fitting(read_arrivals(file), machine).repeated(options.requests), file.stem
                 if options.turns:
                     trace, name = conversations(trace, options.turns), f"{name} in {options.turns:g} turns"
-                for each in sweep(trace, name, drafts, machine, loads):
+                if options.slow != 1:
+                    name += f", one {options.slow:g} times slower"
+                for each in sweep(Case(name, "", machine), trace, drafts, loads, options.slow):
                     found.append(each)
                     progress.advance(task)
     if options.results is not None:

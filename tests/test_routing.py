@@ -39,7 +39,7 @@ def test_one_that_drains_is_chosen_only_if_all_do(replicas: list[Candidate], pol
 
 
 @given(candidates)
-def test_the_earliest_finish_is_about_as_early_as_any_and_has_the_fewest_requests_of_those(
+def test_earliest_finish_is_about_as_early_as_any_with_the_fewest_requests_of_those(
     replicas: list[Candidate],
 ) -> None:
     policy = EarliestFinish(1.3)
