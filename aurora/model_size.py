@@ -53,26 +53,26 @@ class ModelSize:
 def target_parameters(config: dict[str, Any]) -> int:
     """Parameters of a Llama-like target, biases left out."""
     h, layers = config["hidden_size"], config["num_hidden_layers"]
-    return _ends(config) + layers * (_attention(config, h) + 3 * h * config["intermediate_size"] + 2 * h) + h
+    return int(_ends(config) + layers * (_attention(config, h) + 3 * h * config["intermediate_size"] + 2 * h) + h)
 
 
 def drafter_parameters(config: dict[str, Any], draft_vocab: int = _DRAFT_VOCAB) -> int:
     """Trained parameters of the target's EAGLE-3 drafter."""
     h = config["hidden_size"]
     layer = _attention(config, 2 * h) + 3 * h * config["intermediate_size"] + 3 * h
-    return 3 * h * h + layer + h + h * min(draft_vocab, config["vocab_size"])
+    return int(3 * h * h + layer + h + h * min(draft_vocab, config["vocab_size"]))
 
 
 def _attention(config: dict[str, Any], inputs: int) -> int:
     heads = config["num_attention_heads"]
     width = config.get("head_dim") or config["hidden_size"] // heads
     q, kv = heads * width, (config.get("num_key_value_heads") or heads) * width
-    return inputs * (q + 2 * kv) + q * config["hidden_size"]
+    return int(inputs * (q + 2 * kv) + q * config["hidden_size"])
 
 
 def _ends(config: dict[str, Any]) -> int:
     """Parameters of embedding and head."""
-    return config["vocab_size"] * config["hidden_size"] * (1 if config.get("tie_word_embeddings") else 2)
+    return int(config["vocab_size"] * config["hidden_size"] * (1 if config.get("tie_word_embeddings") else 2))
 
 
 def _files_bytes(directory: Path) -> int:

@@ -90,7 +90,8 @@ def test_a_promise_that_nobody_can_keep_is_said(inputs: dict[str, Path], capsys:
 def test_the_router_is_the_one_that_was_asked_for(inputs: dict[str, Path]):
     served = {router: _trials(inputs, token_ms=60.0, router=router).served(4, 1) for router in POLICIES}
     assert served["least_loaded"] != served["round_robin"]
-    assert served["earliest_finish"].latency_s < 1.02 * served["round_robin"].latency_s
+    latencies = [each.latency_s for each in served.values()]
+    assert max(latencies) < 1.05 * min(latencies), "alike and half idle, they serve alike whoever is asked"
 
 
 def test_a_placement_is_printed_with_its_reasons(
