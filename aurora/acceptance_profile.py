@@ -48,7 +48,9 @@ class AcceptanceProfile:
 
     def up_to(self, k_max: int) -> "AcceptanceProfile":
         """The same drafter when it drafts `k_max` tokens at most, 1 or more."""
-        return AcceptanceProfile(self.drafter, np.minimum(self.right, k_max), self.ends, self.expected[:, :k_max])
+        return AcceptanceProfile(
+            self.drafter, np.minimum(self.right, k_max), self.ends, np.ascontiguousarray(self.expected[:, :k_max])
+        )
 
     def write(self, file: Path) -> None:
         from safetensors.numpy import save_file

@@ -3,7 +3,8 @@
 A step first serves the running requests in their order: one that decodes gets its token and the drafts to verify, one
 that still reads its prompt gets a chunk of it, all within the token budget. Then waiting requests are admitted while
 there are slots, tokens and room in the KV cache. One that finds no room sends the newest away, which later reads
-prompt and answer again (recomputation, as in vLLM V1). Prefix caching is not modelled: traces hold no text.
+prompt and answer again (recomputation, as in vLLM V1). Of a prompt `State.cached` tokens lie in the prefix cache when
+its request comes: they are not read, but take room as if they were the request's own.
 """
 
 from typing import NamedTuple
@@ -17,8 +18,10 @@ from aurora.speculation_rules import AHEAD, Rule, Slots, choose_lengths, learn
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
-NOW, BUSY = range(2)  # places in State.clock
-RUNNING, ARRIVED, AGAIN, FINISHED, KV, STEPS, DRAFTED, ACCEPTED, PREEMPTED = range(9)  # places in State.counts
+NOW, BUSY, QUEUED, WAITING = range(4)  # places in State.clock
+# Places in State.counts. GIVEN: requests that it is to serve; NEXT, LAST: first and last of those never admitted.
+RUNNING, ARRIVED, AGAIN, FINISHED, KV, STEPS, DRAFTED, ACCEPTED, PREEMPTED, GIVEN, NEXT, LAST = range(12)
+NOBODY = -1
 
 
 class Load(NamedTuple):
@@ -40,43 +43,80 @@ class Engine(NamedTuple):
     at_once: int  # requests that are kept open whatever their arrival; 0: they come when they come
 
 
-class State(NamedTuple):
-    """Everything that a step changes, so that a simulation can be cut into pieces."""
+class Until(NamedTuple):
+    """How far to advance."""
 
-    clock: Floats  # [2] seconds: now, and spent in steps
-    counts: Ints  # [9]
+    steps: int
+    seconds: float  # no step begins at that time or later
+
+
+class State(NamedTuple):
+    """Everything that a step changes, so that a simulation can be cut into pieces.
+
+    Of several replicas (`aurora.fleet`) all arrays but those of [n] have one more axis before the others.
+    """
+
+    clock: Floats  # [4] seconds: now, and spent in steps; tokens still expected: of those never admitted, of all
+    counts: Ints  # [12]
     order: Ints  # [max_seqs] slots in use, oldest first
     free: Ints  # [max_seqs] the others, as a stack
-    again: Ints  # [n] requests that were sent away, as a stack
+    again: Ints  # [max_seqs] requests that were sent away, as a stack
     slots: Slots
+    after: Ints  # [n] the request that the same replica admits next, NOBODY after its last
+    cached: Ints  # [n] tokens of the prompt that need not be read
+    expected: Floats  # [n] tokens of the answer, as far as a router knows
     emitted: Ints  # [n] tokens
     first: Floats  # [n] time of the first token
     finish: Floats  # [n] time of the last
+    ended: Ints  # [n + 1] requests as they end; the last place counts them
 
 
 def new_state(requests: int, max_seqs: int, k_max: int) -> State:
+    """One replica that is to serve all of the requests."""
+    state = unserved(requests, max_seqs, k_max)
+    state.counts[[GIVEN, NEXT, LAST]] = requests, 0 if requests else NOBODY, requests - 1
+    state.after[:-1] = np.arange(1, requests)
+    return state
+
+
+def unserved(requests: int, max_seqs: int, k_max: int) -> State:
+    """One replica, and requests of which none is given to it yet."""
+    counts = np.zeros(12, np.int64)
+    counts[[NEXT, LAST]] = NOBODY
     return State(
-        clock=np.zeros(2),
-        counts=np.zeros(9, np.int64),
+        clock=np.zeros(4),
+        counts=counts,
         order=np.zeros(max_seqs, np.int64),
         free=np.arange(max_seqs)[::-1].copy(),
-        again=np.zeros(requests, np.int64),
+        again=np.zeros(max_seqs, np.int64),
         slots=Slots.empty(max_seqs, k_max),
+        after=np.full(requests, NOBODY),
+        cached=np.zeros(requests, np.int64),
+        expected=np.zeros(requests),
         emitted=np.zeros(requests, np.int64),
         first=np.zeros(requests),
         finish=np.zeros(requests),
+        ended=np.zeros(requests + 1, np.int64),
     )
 
 
 @compiled
 def advance(state: State, load: Load, engine: Engine, rule: Rule, steps: int) -> None:
-    """Up to `steps` further engine steps; fewer when all requests are finished."""
+    """Up to `steps` further engine steps; fewer when all requests that it was given are finished."""
+    advance_until(state, load, engine, rule, Until(steps, np.inf))
+
+
+@compiled
+def advance_until(state: State, load: Load, engine: Engine, rule: Rule, until: Until) -> None:
+    """The same, as far as `until` lets it."""
     count = state.counts
-    for _ in range(steps):
-        if count[FINISHED] == len(load.arrival):
+    for _ in range(until.steps):
+        if count[FINISHED] == count[GIVEN]:
             return
         if count[RUNNING] == 0 and count[AGAIN] == 0 and not engine.at_once:
-            state.clock[NOW] = max(state.clock[NOW], load.arrival[count[ARRIVED]])
+            state.clock[NOW] = max(state.clock[NOW], load.arrival[count[NEXT]])
+        if state.clock[NOW] >= until.seconds:
+            return
         _describe(state, load, rule)
         rule.memory[AHEAD] = _prompts_ahead(state, load, engine)
         work = choose_lengths(state.slots, state.order[: count[RUNNING]], rule)
@@ -119,9 +159,10 @@ def _schedule(state: State, load: Load, engine: Engine) -> int:
         budget -= wanted
         prefill += wanted if reads else 0
         i += 1
-    while count[RUNNING] < engine.max_seqs and budget > 0 and _next_waiting(state, load, engine) >= 0:
-        wanted = min(_unread(state, load, _next_waiting(state, load, engine)), budget)
-        if engine.kv_tokens - count[KV] < wanted:
+    while count[RUNNING] < engine.max_seqs and budget > 0 and _next_waiting(state, load, engine) != NOBODY:
+        request = _next_waiting(state, load, engine)
+        wanted = min(_unread(state, load, request), budget)
+        if engine.kv_tokens - count[KV] < state.cached[request] + wanted:
             break
         _admit(state, load, engine, wanted)
         budget -= wanted
@@ -137,38 +178,39 @@ def _prompts_ahead(state: State, load: Load, engine: Engine) -> int:
     unread = state.slots.to_read[running]
     left = engine.token_budget - (unread == 0).sum()
     tokens, room = unread.sum(), engine.kv_tokens - count[KV] - unread.sum()
-    places, request = engine.max_seqs - count[RUNNING], count[ARRIVED]
-    while places > 0 and tokens < left and request < len(load.arrival) and _has_come(state, load, engine, request):
+    places, request, place = engine.max_seqs - count[RUNNING], count[NEXT], count[ARRIVED]
+    while places > 0 and tokens < left and request != NOBODY and _has_come(state, load, engine, request, place):
         room -= load.prompt[request]
         if room < 0:
             break
-        tokens += load.prompt[request]
-        places, request = places - 1, request + 1
+        tokens += load.prompt[request] - state.cached[request]
+        places, request, place = places - 1, state.after[request], place + 1
     return int(max(min(tokens, left), 0))
 
 
 @compiled
-def _has_come(state: State, load: Load, engine: Engine, request: int) -> bool:
+def _has_come(state: State, load: Load, engine: Engine, request: int, place: int) -> bool:
+    """Whether the request, the replica's `place`-th from 0, can be admitted."""
     if engine.at_once:
-        return bool(request - state.counts[FINISHED] < engine.at_once)
+        return bool(place - state.counts[FINISHED] < engine.at_once)
     return bool(load.arrival[request] <= state.clock[NOW])
 
 
 @compiled
 def _next_waiting(state: State, load: Load, engine: Engine) -> int:
-    """The request that is admitted next, -1 when none waits."""
+    """The request that is admitted next, NOBODY when none waits."""
     count = state.counts
     if count[AGAIN]:
         return int(state.again[count[AGAIN] - 1])
-    if count[ARRIVED] == len(load.arrival):
-        return -1
-    return int(count[ARRIVED]) if _has_come(state, load, engine, count[ARRIVED]) else -1
+    if count[NEXT] == NOBODY:
+        return NOBODY
+    return int(count[NEXT]) if _has_come(state, load, engine, count[NEXT], count[ARRIVED]) else NOBODY
 
 
 @compiled
 def _unread(state: State, load: Load, request: int) -> int:
     """Tokens that the request reads before it goes on: its prompt, and what it had said if it was sent away."""
-    return int(load.prompt[request] + max(state.emitted[request] - 1, 0))
+    return int(load.prompt[request] - state.cached[request] + max(state.emitted[request] - 1, 0))
 
 
 @compiled
@@ -181,13 +223,16 @@ def _admit(state: State, load: Load, engine: Engine, chunk: int) -> None:
         if engine.at_once:
             load.arrival[request] = state.clock[NOW]
         count[ARRIVED] += 1
+        count[NEXT] = state.after[request]
+        state.clock[QUEUED] -= state.expected[request]
     slot = state.free[len(state.free) - 1 - count[RUNNING]]
     state.order[count[RUNNING]] = slot
     count[RUNNING] += 1
-    slots.request[slot], slots.to_read[slot], slots.context[slot] = request, _unread(state, load, request), 0
+    slots.request[slot], slots.to_read[slot] = request, _unread(state, load, request)
+    slots.context[slot] = state.cached[request]
     slots.length[slot], slots.chunk[slot], slots.cold[slot] = 0, chunk, False
     slots.hits[slot], slots.trials[slot] = 0.0, 0.0
-    count[KV] += chunk
+    count[KV] += state.cached[request] + chunk
 
 
 @compiled
@@ -249,6 +294,8 @@ def _emit(state: State, load: Load, rule: Rule) -> None:
             count[ACCEPTED] += accepted
         if state.emitted[request] >= load.output[request]:
             state.finish[request] = now
+            state.ended[state.ended[-1]] = request
+            state.ended[-1] += 1
             count[FINISHED] += 1
             _vacate(state, i)
         else:

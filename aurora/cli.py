@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 the work failed, 2 the user can put it right (one line on 
 """
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
@@ -223,9 +224,15 @@ def _train(known: argparse.Namespace, _rest: list[str]) -> int:
 
 
 def _plan(known: argparse.Namespace, _rest: list[str]) -> int:
+    known.machines, known.nodes = tuple(known.machines), tuple(known.nodes)
+    if known.placement:
+        from aurora.place import PlaceOptions
+        from aurora.place import run as show_placement
+
+        return show_placement(PlaceOptions(**_of(PlaceOptions, known)))
     from aurora.plan import PlanOptions, run
 
-    return run(PlanOptions(**_options(known) | {"machines": tuple(known.machines)}))
+    return run(PlanOptions(**_of(PlanOptions, known)))
 
 
 def _simulate(known: argparse.Namespace, _rest: list[str]) -> int:
@@ -250,6 +257,11 @@ def _logs(known: argparse.Namespace, _rest: list[str]) -> int:
     from aurora.logs import LogsOptions, run
 
     return run(LogsOptions(**_options(known)))
+
+
+def _of(options: type[Any], known: argparse.Namespace) -> dict[str, Any]:
+    """The flags that these options have."""
+    return {field.name: getattr(known, field.name) for field in dataclasses.fields(options)}
 
 
 def _options(known: argparse.Namespace) -> dict[str, Any]:

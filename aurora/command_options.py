@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from aurora.config import DEFAULT_MODEL
 from aurora.options import names
 
 
@@ -255,6 +256,7 @@ def add_simulate_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     _add_trace_options(add)
     add("--costs", type=Path, required=True, metavar="FILE", help="step costs: a file that `aurora bench --json` wrote")
+    add("--replicas", type=int, default=1, metavar="N", help="each batches by itself (default: %(default)s)")
     add("--at-once", type=int, default=0, metavar="N", help="keep N requests open, whenever the trace has them come")
     add("--results", type=Path, metavar="FILE", help="put rows of results there")
     add("--experiment", default="simulate", metavar="NAME", help="of these rows (default: %(default)s)")
@@ -264,12 +266,12 @@ def add_simulate_options(parser: argparse.ArgumentParser) -> None:
 def add_plan_options(parser: argparse.ArgumentParser) -> None:
     """The flags of `aurora plan`; names and defaults are those of `PlanOptions`, which checks the values."""
     add = parser.add_argument
-    _add_trace_options(add)
+    _add_trace_options(add, required=False)
     add(
         "--machine",
         dest="machines",
         action="append",
-        required=True,
+        default=[],
         metavar="NAME=COSTS,PRICE[,KV_TOKENS]",
         help="a type of machine: step costs (a file that `aurora bench --json` wrote), price an hour; repeatable",
     )
@@ -284,24 +286,61 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
         metavar="F",
         help="how much longer steps take beside a trainer that never rests (default: %(default)s; 0: its own machine)",
     )
+    _add_placement_options(parser.add_argument_group("placement, without TRACE").add_argument)
 
 
-def _add_trace_options(add: Callable[..., object]) -> None:
+def _add_placement_options(add: Callable[..., object]) -> None:
+    """The flags of `aurora plan --placement`; names and defaults are those of `PlaceOptions`."""
+    add("--placement", action="store_true", help="say where replicas and trainer would go on the nodes, and why")
+    add("--model", default=DEFAULT_MODEL, metavar="MODEL", help="target (default: %(default)s)")
+    add(
+        "--node",
+        dest="nodes",
+        action="append",
+        default=[],
+        metavar="NAME=CPUS[,GPUS,GPU_GIB][,serve|,train]",
+        help="a node of the cluster; repeatable",
+    )
+    add("--address", metavar="HOST:PORT", help="take the nodes of this Ray cluster, or of the local one (auto)")
+    add("--gpu-gib", type=float, metavar="N", help="memory of a GPU whose type Ray does not tell")
+    add("--replicas", type=int, default=1, metavar="N", help="default: %(default)s")
+    add("--tensor-parallel-size", type=int, default=1, metavar="N", help="GPUs of a replica (default: %(default)s)")
+    add("--room-tokens", type=int, default=16384, metavar="N", help="least room of a KV cache (default: %(default)s)")
+    add("--server-cpus", type=int, default=1, metavar="N", help="least CPUs of a replica (default: %(default)s)")
+    add("--trainer-cpus", type=int, default=1, metavar="N", help="default: %(default)s")
+    add("--trainer", default="auto", metavar="PLACE", help="auto, gpu, shared, cpu or none (default: %(default)s)")
+
+
+def _add_trace_options(add: Callable[..., object], required: bool = True) -> None:
     """What `aurora simulate` and `aurora plan` have in common (`TraceOptions`)."""
-    add("trace", type=Path, metavar="TRACE", help="arrivals: .jsonl or .csv with time, prompt and output tokens")
+    arrivals = "arrivals: .jsonl or .csv with time, prompt and output tokens"
+    add("trace", type=Path, nargs=None if required else "?", metavar="TRACE", help=arrivals)
     add(
         "--profile",
         type=Path,
-        required=True,
+        required=required,
         metavar="FILE",
         help="drafts: a file that `aurora replay --profile` wrote",
     )
-    add("--columns", type=names, default=(), metavar="WHAT=NAME,...", help="names of the columns time, prompt, output")
+    add(
+        "--columns",
+        type=names,
+        default=(),
+        metavar="WHAT=NAME,...",
+        help="names of the columns time, prompt, output, ...",
+    )
     add("--requests", type=int, metavar="N", help="the first N; a shorter trace is repeated (default: the trace)")
     add("--speed", type=float, default=1.0, metavar="F", help="requests come F times faster (default: %(default)s)")
     add("--max-seqs", type=int, default=256, metavar="N", help="requests in a batch (default: %(default)s)")
     add("--token-budget", type=int, default=2048, metavar="N", help="tokens of a step (default: %(default)s)")
     add("--kv-tokens", type=int, default=1 << 20, metavar="N", help="that the KV cache holds (default: %(default)s)")
+    add("--router", default="round_robin", metavar="POLICY", help="round_robin, least_loaded or earliest_finish")
+    add(
+        "--no-prefix-cache",
+        dest="prefix_cache",
+        action="store_false",
+        help="read every prompt whole, though the trace has hashes of blocks or sessions",
+    )
     add("--exploration", type=float, default=0.01, metavar="S", help="share of the steps (default: %(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="of who gets which answer (default: %(default)s)")
     add("--json", dest="json_file", type=Path, metavar="FILE", help="write the numbers there too")

@@ -13,7 +13,8 @@ import numba
 
 from aurora.config import cache_root
 
-SOURCES = ("acceptance", "batching", "controller", "goodput", "speculation_rules", "step_time")  # modules of aurora
+# Modules of aurora.
+SOURCES = ("acceptance", "batching", "controller", "goodput", "replica_states", "speculation_rules", "step_time")
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 

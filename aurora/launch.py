@@ -19,7 +19,9 @@ import psutil
 from aurora.config import AuroraConfig, UserError
 from aurora.default_model import model_directory, resolve_model
 from aurora.deployment import NAMESPACE, Deployment, cpus_wanted, ray_logs
+from aurora.model_size import ModelSize
 from aurora.node_roles import await_roles
+from aurora.placement import as_configured, ray_nodes
 from aurora.ray_access import require_token, stay_on_loopback
 from aurora.replicas import supervise
 from aurora.standby import Standby
@@ -48,6 +50,8 @@ def serve(config: AuroraConfig) -> int:
     import ray
 
     try:
+        if config.cluster.address is not None:
+            _say_placement(config, model_dir)
         deployment = Deployment(config, model_dir, keys)
         try:
             return supervise(deployment) if config.cluster.replicas > 1 else _supervise(deployment)
@@ -55,6 +59,18 @@ def serve(config: AuroraConfig) -> int:
             deployment.close()
     finally:
         ray.shutdown()
+
+
+def _say_placement(config: AuroraConfig, model_dir: Path) -> None:
+    """Log where the cluster's nodes have room for the parts, or what will have to wait for another node."""
+    import ray
+
+    try:
+        placement = as_configured(config, ray_nodes(ray.nodes()), ModelSize.read(model_dir))
+    except UserError as error:
+        log.warning("placement: %s; what finds no room waits for a node that has", error)
+        return
+    log.info("placement: %s; %s", placement.kind, "; ".join(placement.why))
 
 
 def _supervise(deployment: Deployment) -> int:

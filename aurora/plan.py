@@ -1,12 +1,13 @@
 """`aurora plan`: replicas and machines that keep a promise for a trace, the longest draft and the trainer's share.
 
-Requests go to the replicas in turn and are served in simulated time by the goodput rule (`aurora.simulate`). A machine
-is what a step costs on it and its price. The trainer sits beside the first replica and slows it down.
+A router sends the requests to the replicas (`aurora.fleet`), which serve them in simulated time by the goodput rule
+(`aurora.simulate`). A machine is what a step costs on it and its price. The trainer sits beside the first replica and
+slows it down.
 """
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +21,10 @@ from aurora import batching, speculation_rules
 from aurora.acceptance_profile import AcceptanceProfile, read_profile
 from aurora.arrivals import ArrivalTrace
 from aurora.config import UserError, require_positive
-from aurora.simulate import TraceOptions, check_room, draw_load, new_rule, simulate
+from aurora.fleet import Known, simulate_fleet
+from aurora.replica_states import same_rules
+from aurora.routing import POLICIES
+from aurora.simulate import TraceOptions, check_room, draw_load, known_costs, new_rule
 from aurora.step_costs import read_costs
 from aurora.step_time import StepTimeModel
 
@@ -68,6 +72,8 @@ class PlanOptions(TraceOptions):
     training_slowdown: float = 0.15  # of steps beside a trainer that never rests
 
     def __post_init__(self) -> None:
+        if None in (self.trace, self.profile) or not self.machines:
+            raise UserError("TRACE, --profile, --machine: give all three, or --placement")
         super().__post_init__()
         require_positive(self, "first_token_s", "token_ms", "max_replicas")
         if self.first_token_s is None and self.token_ms is None:
@@ -161,6 +167,7 @@ class Trials:
         """tell: is told what runs now."""
         self._machine, self._profile, self._options, self._tell = machine, profile, options, tell
         self._load = draw_load(trace, profile, options.seed)
+        self._prompts = Known.of(trace, options.prefix_cache)
         self._known: dict[tuple[int, int, float], _Served] = {}
 
     @property
@@ -207,8 +214,9 @@ class Trials:
         return self.served(replicas, k_max, duty).attained >= self._options.attain
 
     def _serve(self, replicas: int, k_max: int, duty: float) -> _Served:
-        first, rest, latency, busy = zip(*self._replicas(replicas, k_max, duty), strict=True)
-        first_s, token_s = np.concatenate(first), np.concatenate(rest)
+        state, load = self._replicas(replicas, k_max, duty), self._load
+        first_s = state.first - load.arrival
+        token_s = (state.finish - state.first) / np.maximum(load.output - 1, 1)
         kept = np.ones(len(first_s), bool)
         if self._options.first_token_s is not None:
             kept &= first_s <= self._options.first_token_s
@@ -216,33 +224,24 @@ class Trials:
             kept &= token_s * 1e3 <= self._options.token_ms
         return _Served(
             attained=float(kept.mean()),
-            latency_s=float(np.concatenate(latency).mean()),
+            latency_s=float((state.finish - load.arrival).mean()),
             first_token_p99_s=float(np.percentile(first_s, 99)),
             token_p99_ms=float(np.percentile(token_s, 99)) * 1e3,
-            busy=float(np.mean(busy)),
+            busy=float(state.clock[:, batching.BUSY].mean() / (state.finish.max() - load.arrival[0])),
         )
 
-    def _replicas(self, replicas: int, k_max: int, duty: float) -> Iterator[tuple[np.ndarray, ...]]:
-        """Of each replica's requests: time to the first token, time a further one, latency; and its share busy."""
-        options, load = self._options, self._load
+    def _replicas(self, replicas: int, k_max: int, duty: float) -> batching.State:
+        """What became of all requests."""
+        options = self._options
         engine = batching.Engine(options.max_seqs, options.token_budget, self._machine.kv_tokens, 0)
         profile = self._profile.up_to(max(k_max, 1))
         kind = speculation_rules.GOODPUT if k_max else speculation_rules.FIXED
-        for i in range(min(replicas, len(load.arrival))):
-            mine = batching.Load(
-                arrival=load.arrival[i::replicas],
-                prompt=load.prompt[i::replicas],
-                output=load.output[i::replicas],
-                begin=load.begin[i::replicas],
-                end=load.end[i::replicas],
-            )
-            machine = self._machine.slowed(1 + options.training_slowdown * duty) if i == 0 and duty else self._machine
-            rule = new_rule(kind, profile, machine.costs, self._by_batch, options.exploration)
-            *_, state = simulate(mine, engine, rule)
-            further = np.maximum(mine.output - 1, 1)
-            latency = state.finish - mine.arrival
-            share = state.clock[batching.BUSY] / (state.finish.max() - load.arrival[0])
-            yield state.first - mine.arrival, (state.finish - state.first) / further, latency, share
+        machines = [self._machine] * replicas
+        machines[0] = self._machine.slowed(1 + options.training_slowdown * duty)
+        rule = new_rule(kind, profile, self._machine.costs, self._by_batch, options.exploration)
+        each = same_rules(rule, [known_costs(machine.costs) for machine in machines])
+        *_, state = simulate_fleet(self._load, engine, each, POLICIES[options.router](), self._prompts)
+        return state
 
 
 def _show(plans: list[Plan], options: PlanOptions) -> None:

@@ -7,6 +7,7 @@ at most r of each of theirs (processor sharing: Kleinrock 1967):
     finish = (prompt - cached) / prefill speed + (r + min(R, n r)) / (decode speed with one more * domain gain)
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ import numpy.typing as npt
 
 MAX_LABELS = 256  # kinds of requests that are told apart
 _PRIOR = 4.0  # requests that a group's mean needs to count as much as what it is shrunk to
+_PACE_PRIOR, _PACE_MEMORY = 16.0, 0.99  # requests that a pace of 1 counts for; of a finished request
+AS_GOOD = 1.25  # times the earliest finish: no estimate is better than that
+_MOST_OVER = 3.0  # logarithm of a ratio that is believed
 _MEMORY = 0.98  # of a finished request, for each one that ends after it
 
 
@@ -70,7 +74,10 @@ class LeastLoaded:
 
 
 class EarliestFinish:
-    """The one whose last token is expected first."""
+    """The one whose last token is expected first; of those that are about as good the one with the fewest requests.
+
+    Speeds are estimates: to follow every small difference of theirs would crowd one replica after the other.
+    """
 
     def __init__(self, domain_gain: float = 1.0) -> None:
         """domain_gain: how much faster a replica emits whose drafters know the domain (>= 1)."""
@@ -81,7 +88,9 @@ class EarliestFinish:
         if not known:
             return LeastLoaded().choose(candidates, arrival)
         usual = sum(known) / len(known)
-        return min(_living(candidates), key=lambda i: (self.finish_s(candidates[i], arrival, usual), i))
+        finish = {i: self.finish_s(candidates[i], arrival, usual) for i in _living(candidates)}
+        good = [i for i, seconds in finish.items() if seconds <= AS_GOOD * min(finish.values())]
+        return min(good, key=lambda i: (candidates[i].open_requests, finish[i], i))
 
     def finish_s(self, candidate: Candidate, arrival: Arrival, usual_tokens_per_s: float) -> float:
         """Seconds until the answer is complete; `usual_tokens_per_s` stands in for an unknown speed."""
@@ -209,3 +218,46 @@ class RequestTimes:
     def predicted_s(self, new_prompt_tokens: float, emitted: float, beside: float) -> float:
         """Seconds that a request was to take; 0 while unknown."""
         return float(self._fit @ np.array([new_prompt_tokens, emitted, emitted * beside]))
+
+
+class FleetTimes:
+    """How long replicas take: what all of them have in common (`RequestTimes`), and each one's pace beside it.
+
+    One replica alone ends too few requests, and too few different ones, to tell what an open request more costs: fits
+    of its own differ by chance, and the replica that seems fast is sent everything.
+    """
+
+    def __init__(self) -> None:
+        self.common = RequestTimes()
+        self._paces: dict[str, tuple[float, float]] = {}  # weight, sum of log(seconds / predicted)
+
+    def observe(self, name: str, new_prompt_tokens: float, emitted: float, beside: float, seconds: float) -> None:
+        """A request took replica `name` so long (`RequestTimes.observe`)."""
+        predicted = self.common.predicted_s(new_prompt_tokens, emitted, beside)
+        if predicted > 0:
+            weight, total = self._paces.get(name, (0.0, 0.0))
+            over = min(max(math.log(max(seconds, 1e-6) / predicted), -_MOST_OVER), _MOST_OVER)
+            self._paces[name] = weight * _PACE_MEMORY + 1, total * _PACE_MEMORY + over
+        self.common.observe(new_prompt_tokens, emitted, beside, seconds)
+
+    def pace(self, name: str) -> float:
+        """Seconds that it takes for each one that replicas take usually."""
+        weight, total = self._paces.get(name, (0.0, 0.0))
+        return math.exp(total / (weight + _PACE_PRIOR))
+
+    def tokens_per_s(self, name: str, open_requests: int) -> float:
+        """Tokens a second over all of its requests with `open_requests` (>= 1) open; 0 while unknown."""
+        return self.common.tokens_per_s(open_requests) / self.pace(name)
+
+    def predicted_s(self, name: str, new_prompt_tokens: float, emitted: float, beside: float) -> float:
+        """Seconds that a request was to take at replica `name`; 0 while unknown."""
+        return self.common.predicted_s(new_prompt_tokens, emitted, beside) * self.pace(name)
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        """Prompt tokens a second of a usual replica; 0 while unknown or too fast to tell."""
+        return self.common.prefill_tokens_per_s
+
+    def forget(self, name: str) -> None:
+        """It is another one now."""
+        self._paces.pop(name, None)

@@ -2,7 +2,8 @@
 
 Steps take what a live engine's costs say (`aurora bench --json`), drafts are accepted as they were along recorded
 answers (`aurora replay --profile`), and batching is vLLM's (`aurora.batching`). Each request of the trace gets a
-recorded answer by lot, the same for every rule.
+recorded answer by lot, the same for every rule. With several replicas (`aurora.fleet`) each batches by itself, and a
+router sends every request to one of them when it comes.
 """
 
 import dataclasses
@@ -17,14 +18,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from aurora import batching, speculation_rules
+from aurora import batching, fleet, replica_states, speculation_rules
 from aurora.acceptance_profile import AcceptanceProfile, read_profile
-from aurora.arrivals import ArrivalTrace, read_arrivals
+from aurora.arrivals import NAMES, OPTIONAL, ArrivalTrace, read_arrivals
 from aurora.config import UserError, require_positive, require_writable
 from aurora.results import Row, command_line, read_rows, write_rows
+from aurora.routing import POLICIES
 from aurora.step_costs import read_costs
 from aurora.step_time import COSTS, StepTimeModel
 
+COLUMNS = (*NAMES, *OPTIONAL)  # of a trace, of which --columns gives the names
 _STEPS = 20_000  # between two looks at the progress
 
 
@@ -34,12 +37,14 @@ class TraceOptions:
 
     trace: Path
     profile: Path
-    columns: tuple[str, ...] = ()  # time=NAME, prompt=NAME, output=NAME
+    columns: tuple[str, ...] = ()  # WHAT=NAME, of COLUMNS
     requests: int | None = None  # the first N, or the trace over and over until there are N; default: the trace
     speed: float = 1.0  # as many times faster do requests come
     max_seqs: int = 256
     token_budget: int = 2048
     kv_tokens: int = 1 << 20
+    router: str = "round_robin"  # of `aurora.routing.POLICIES`
+    prefix_cache: bool = True  # replicas keep prompts, where the trace says which begin alike
     exploration: float = 0.01
     seed: int = 0
     json_file: Path | None = None
@@ -47,13 +52,15 @@ class TraceOptions:
     def __post_init__(self) -> None:
         require_positive(self, "requests", "speed", "max_seqs", "token_budget", "kv_tokens")
         require_writable("--json", self.json_file)
+        if self.router not in POLICIES:
+            raise UserError(f"--router {self.router}: give one of {', '.join(POLICIES)}")
         if self.token_budget < self.max_seqs:
             raise UserError(
                 f"--token-budget {self.token_budget}: below --max-seqs {self.max_seqs}; every request needs one"
             )
-        bad = [c for c in self.columns if c.partition("=")[0] not in ("time", "prompt", "output")]
+        bad = [c for c in self.columns if c.partition("=")[0] not in COLUMNS]
         if bad:
-            raise UserError(f"--columns {bad[0]}: give time=NAME, prompt=NAME or output=NAME")
+            raise UserError(f"--columns {bad[0]}: give WHAT=NAME, where WHAT is {', '.join(COLUMNS)}")
 
     def read_trace(self) -> ArrivalTrace:
         """The arrivals, repeated and sped up as asked."""
@@ -67,6 +74,7 @@ class SimulateOptions(TraceOptions):
     """What to simulate; `aurora simulate` has a flag for each. Raises UserError for values that make no sense."""
 
     costs: Path
+    replicas: int = 1
     at_once: int = 0  # requests kept open instead of coming when the trace says; 0: as the trace says
     results: Path | None = None  # file of rows (`aurora.results`)
     experiment: str = "simulate"
@@ -75,8 +83,13 @@ class SimulateOptions(TraceOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_writable("--results", self.results)
+        require_positive(self, "replicas")
         if self.at_once < 0:
             raise UserError(f"--at-once {self.at_once}: must not be negative")
+        if self.at_once and self.replicas > 1:
+            raise UserError(
+                f"--at-once {self.at_once} --replicas {self.replicas}: routers need arrivals; leave one out"
+            )
 
     @property
     def engine(self) -> batching.Engine:
@@ -98,6 +111,7 @@ class Simulated:
     acceptance_length: float  # tokens that a request emits in a step that it decodes in
     steps: int
     preempted: int
+    prefix_cached: float  # share of the prompts' tokens that were in a prefix cache
 
 
 def run(options: SimulateOptions) -> int:
@@ -105,15 +119,16 @@ def run(options: SimulateOptions) -> int:
     profile, costs = read_profile(options.profile), read_costs(options.costs)
     if options.results is not None:
         read_rows(options.results)  # one that is none must be known before the work
-    load = draw_load(options.read_trace(), profile, options.seed)
+    trace = options.read_trace()
+    load, known = draw_load(trace, profile, options.seed), fleet.Known.of(trace, options.prefix_cache)
     check_room(load, options.kv_tokens)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     found = []
     with Progress(*columns, console=Console(stderr=True)) as progress:
         for policy, rule in rules(profile, costs, load, options):
             task = progress.add_task(policy, total=len(load.arrival))
-            for state in simulate(load, options.engine, rule):
-                progress.update(task, completed=int(state.counts[batching.FINISHED]))
+            for state in _served(load, known, rule, options):
+                progress.update(task, completed=int(state.ended[-1]))
             found.append(summarise(policy, load, state))
     _show(found)
     if options.results is not None:
@@ -121,6 +136,18 @@ def run(options: SimulateOptions) -> int:
     if options.json_file is not None:
         options.json_file.write_text(json.dumps([asdict(each) for each in found], indent=1))
     return 0
+
+
+def _served(
+    load: batching.Load, known: fleet.Known, rule: speculation_rules.Rule, options: SimulateOptions
+) -> Iterator[batching.State]:
+    """The load served as the options say."""
+    if options.replicas == 1 and (options.at_once or not known.blocks):
+        yield from simulate(load, options.engine, rule)  # whoever routes
+        return
+    each = replica_states.same_rules(rule, [rule.costs] * options.replicas)
+    for state in fleet.simulate_fleet(load, options.engine, each, POLICIES[options.router](), known):
+        yield replica_states.together(state)
 
 
 def simulate(load: batching.Load, engine: batching.Engine, rule: speculation_rules.Rule) -> Iterator[batching.State]:
@@ -170,12 +197,11 @@ def new_rule(
     exploration: float,
 ) -> speculation_rules.Rule:
     """A rule that has seen nothing yet; by_batch: lengths of FIXED, [max_seqs + 1]."""
-    known = costs.costs
     return speculation_rules.Rule(
         kind,
         profile.k_max,
         by_batch,
-        np.array([known[name] for name in COSTS[:8]]),
+        known_costs(costs),
         profile.drafter == "eagle3",
         exploration,
         profile.right,
@@ -184,6 +210,11 @@ def new_rule(
         np.zeros(profile.k_max),
         np.zeros(profile.k_max),
     )
+
+
+def known_costs(costs: StepTimeModel) -> npt.NDArray[np.float64]:
+    """Seconds of a step's costs without a draft model's, in a rule's order."""
+    return np.array([costs.costs[name] for name in COSTS[:8]])
 
 
 def batch_table(rule: speculation_rules.Rule, profile: AcceptanceProfile, load: batching.Load) -> npt.NDArray[np.int64]:
@@ -227,6 +258,7 @@ def summarise(policy: str, load: batching.Load, state: batching.State) -> Simula
         acceptance_length=decoded / max(decoded - int(count[batching.ACCEPTED]), 1),
         steps=int(count[batching.STEPS]),
         preempted=int(count[batching.PREEMPTED]),
+        prefix_cached=float(state.cached.sum() / load.prompt.sum()),
     )
 
 

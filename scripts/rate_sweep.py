@@ -22,6 +22,7 @@ from rich.table import Table
 from aurora import speculation_rules
 from aurora.acceptance_profile import AcceptanceProfile, read_profile
 from aurora.arrivals import ArrivalTrace, read_arrivals
+from aurora.batching import State
 from aurora.config import UserError
 from aurora.results import Row, write_rows
 from aurora.simulate import Simulated, SimulateOptions, best_fixed, draw_load, new_rule, rules, simulate, summarise
@@ -58,31 +59,43 @@ class Case:
 
 def sweep(arrivals: ArrivalTrace, drafts: AcceptanceProfile, case: Case, requests: int) -> Iterator[list[Simulated]]:
     """What every rule makes of each load, one list for each of LOADS."""
-    fitting = arrivals.prompt + arrivals.output <= case.machine.kv_tokens
-    arrivals = ArrivalTrace(arrivals.seconds[fitting], arrivals.prompt[fitting], arrivals.output[fitting])
-    trace = arrivals.repeated(requests)
     options = SimulateOptions(
         trace=Path(case.trace), profile=Path(case.profile), costs=Path(), kv_tokens=case.machine.kv_tokens
     )
-    full = options.engine._replace(at_once=options.max_seqs)
-    plain = new_rule(
-        speculation_rules.FIXED,
-        drafts,
-        case.machine.costs,
-        np.zeros(options.max_seqs + 1, np.int64),
-        options.exploration,
-    )
-    load = draw_load(trace, drafts, options.seed)
-    *_, state = simulate(load, full, plain)
-    most = len(trace) / float(state.finish.max())  # requests / s
-    rate = (len(trace) - 1) / float(trace.seconds[-1])
+    trace = fitting(arrivals, case.machine).repeated(requests)
+    most = len(trace) / saturated(trace, drafts, case.machine, options).finish.max()
     for share in LOADS:
-        load = draw_load(trace.faster(share * most / rate), drafts, options.seed)
+        load = draw_load(trace.faster(share * most / rate(trace)), drafts, options.seed)
         found = []
         for policy, rule in rules(drafts, case.machine.costs, load, options):
             *_, state = simulate(load, options.engine, rule)
             found.append(summarise(policy, load, state))
         yield found
+
+
+def fitting(arrivals: ArrivalTrace, machine: Machine) -> ArrivalTrace:
+    """The requests that the machine's KV cache has room for."""
+    return arrivals.only(np.flatnonzero(arrivals.prompt + arrivals.output <= machine.kv_tokens))
+
+
+def rate(trace: ArrivalTrace) -> float:
+    """Requests a second."""
+    return (len(trace) - 1) / float(trace.seconds[-1])
+
+
+def saturated(
+    trace: ArrivalTrace,
+    drafts: AcceptanceProfile,
+    machine: Machine,
+    options: SimulateOptions,
+    kind: int = speculation_rules.FIXED,
+) -> State:
+    """How a machine ends that never runs out of requests; kind: of rule, FIXED: no speculation."""
+    nothing = np.zeros(options.max_seqs + 1, np.int64)
+    rule = new_rule(kind, drafts, machine.costs, nothing, options.exploration)
+    full = options.engine._replace(at_once=options.max_seqs)
+    *_, state = simulate(draw_load(trace, drafts, options.seed), full, rule)
+    return state
 
 
 def with_best_fixed(found: list[Simulated]) -> list[Simulated]:

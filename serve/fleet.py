@@ -7,11 +7,11 @@ import math
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from aurora.routing import POLICIES, Arrival, Candidate, EarliestFinish, LengthPredictor, PrefixMap, RequestTimes
+from aurora.routing import POLICIES, Arrival, Candidate, EarliestFinish, FleetTimes, LengthPredictor, PrefixMap
 
 CHARACTERS_PER_TOKEN = 4  # where nobody has counted tokens
 _BLOCK = 512  # characters of a prompt that are looked up together
@@ -106,7 +106,6 @@ class Replica:
     draining: bool = False
     rests_until_s: float = -math.inf
     open: set[Work] = field(default_factory=set)
-    times: RequestTimes = field(default_factory=RequestTimes)
     domains: Counter[str] = field(default_factory=Counter)
     _area: float = 0.0  # integral of the number of open requests
     _at_s: float = 0.0
@@ -129,6 +128,7 @@ class Fleet:
         self._clock = clock
         self._replicas: dict[str, Replica] = {}
         self._lengths = LengthPredictor()
+        self._times = FleetTimes()
         self._prefixes = PrefixMap(_BLOCK // CHARACTERS_PER_TOKEN, _CACHE_BLOCKS)
         self._residuals = {True: 0.0, False: 0.0}  # log of measured over predicted seconds, domain known or not
         self._room = asyncio.Condition()
@@ -150,6 +150,7 @@ class Fleet:
     async def join(self, name: str, url: str, places: int) -> None:
         """A replica serves at `url`: a new one, or one that was restarted, whose caches are empty."""
         self._prefixes.forget(name)
+        self._times.forget(name)
         self._replicas[name] = Replica(name, url, places, _at_s=self._clock())
         await self._changed()
 
@@ -195,7 +196,7 @@ class Fleet:
         expected = self._lengths.expected(ask.label, ask.prompt_tokens, ask.longest)
         if isinstance(self._policy, EarliestFinish):
             self._policy.domain_gain = self.domain_gain
-        arrival = Arrival(ask.prompt_tokens, expected, _mean(r.times.prefill_tokens_per_s for r in able))
+        arrival = Arrival(ask.prompt_tokens, expected, self._times.prefill_tokens_per_s)
         candidates = [self._candidate(replica, ask) for replica in able]
         chosen = self._policy.choose(candidates, arrival)
         replica, seen = able[chosen], candidates[chosen]
@@ -210,7 +211,7 @@ class Fleet:
             replica.name,
             len(replica.open),
             sum(work.remaining for work in replica.open),
-            replica.times.tokens_per_s(len(replica.open) + 1),
+            self._times.tokens_per_s(replica.name, len(replica.open) + 1),
             self._prefixes.cached(replica.name, ask.blocks),
             ask.label is not None and replica.domains[ask.label] >= _KNOWN,
         )
@@ -232,11 +233,11 @@ class Fleet:
 
     def _learn(self, replica: Replica, work: Work, seconds: float, beside: float) -> None:
         beside, label = max(beside, 0.0), work.ask.label
-        predicted = replica.times.predicted_s(work.new_tokens, work.emitted, beside)
+        predicted = self._times.predicted_s(replica.name, work.new_tokens, work.emitted, beside)
         if predicted > 0 and label is not None:
             known = self._residuals[work.known_domain]
             self._residuals[work.known_domain] += (1 - _GAIN_MEMORY) * (math.log(seconds / predicted) - known)
-        replica.times.observe(work.new_tokens, work.emitted, beside, seconds)
+        self._times.observe(replica.name, work.new_tokens, work.emitted, beside, seconds)
         self._lengths.observe(label, work.ask.prompt_tokens, round(work.emitted))
         if label is not None and (label in replica.domains or len(replica.domains) < _MAX_DOMAINS):
             replica.domains[label] += 1
@@ -244,9 +245,3 @@ class Fleet:
     async def _changed(self) -> None:
         async with self._room:
             self._room.notify_all()
-
-
-def _mean(speeds: Iterable[float]) -> float:
-    """Of those that are known; 0 where none is."""
-    known = [speed for speed in speeds if speed > 0]
-    return sum(known) / len(known) if known else 0.0

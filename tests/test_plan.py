@@ -9,10 +9,18 @@ import pytest
 from aurora.acceptance_profile import AcceptanceProfile, read_profile
 from aurora.cli import main
 from aurora.plan import Machine, PlanOptions, Trials
+from aurora.routing import POLICIES
 
 SECONDS = {"constant": 0.04, "request": 0.002, "draft": 0.002, "prefill_token": 0.0015, "kilo_context_token": 0.005}
 PASSES = {"first_pass": 0.004, "read_token": 0.0, "further_pass": 0.004}
 K_MAX, ANSWERS, PLACES = 3, 30, 40
+TARGET = {
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 7,
+    "vocab_size": 300,
+}
 
 
 @pytest.fixture
@@ -77,6 +85,38 @@ def test_a_promise_that_nobody_can_keep_is_said(inputs: dict[str, Path], capsys:
     assert all(each["replicas"] is None and each["training_duty"] == 0 for each in plans.values())
     said = capsys.readouterr().out
     assert "no machine keeps the promise with 3 replicas: promise less, or allow more of them" in said
+
+
+def test_the_router_is_the_one_that_was_asked_for(inputs: dict[str, Path]):
+    served = {router: _trials(inputs, token_ms=60.0, router=router).served(4, 1) for router in POLICIES}
+    assert served["least_loaded"] != served["round_robin"]
+    latencies = [each.latency_s for each in served.values()]
+    assert max(latencies) < 1.05 * min(latencies), "alike and half idle, they serve alike whoever is asked"
+
+
+def test_a_placement_is_printed_with_its_reasons(
+    inputs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(TARGET))
+    flags = ["plan", "--placement", "--model", str(tmp_path / "model")]
+    assert main([*flags, "--node=a=8,2,24", "--node=b=4,1,24,train", f"--json={inputs['out.json']}"]) == 0
+    said = capsys.readouterr().out
+    assert "nodes split" in said
+    assert "a GPU left over" in said
+    placed = json.loads(inputs["out.json"].read_text())
+    assert [(seat["part"], seat["node"], seat["gpus"]) for seat in placed["seats"]] == [
+        ("replica 0", "a", [0]),
+        ("trainer", "b", [0]),
+    ]
+    for more, error in (
+        (["--node=a=8", "--replicas=9"], "--replicas 9: there is room for 8; give at most that, or add nodes"),
+        (["--node=a=x"], "--node a=x: give NAME=CPUS"),
+        (["--node=a=2,1"], "--node a=2,1: give NAME=CPUS"),
+        ([], "--node, --address: give the nodes"),
+    ):
+        assert main([*flags, *more]) == 2
+        assert error in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -142,15 +142,47 @@ def test_load_is_changed_by_flags(inputs: list[str], tmp_path: Path):
     assert closed["latency_p50_s"] < usual["latency_p50_s"]
 
 
+def test_one_replica_is_the_same_whoever_routes_and_more_are_served_by_more(inputs: list[str], tmp_path: Path):
+    alone = _run(inputs, tmp_path / "a.json", "--speed", "4")
+    for router in ("least_loaded", "earliest_finish"):
+        assert _run(inputs, tmp_path / "b.json", "--speed", "4", "--replicas", "1", "--router", router) == alone
+    several = {
+        router: _run(inputs, tmp_path / "c.json", "--speed", "4", "--replicas", "3", "--router", router)["goodput"]
+        for router in ("round_robin", "least_loaded", "earliest_finish")
+    }
+    assert max(each["latency_mean_s"] for each in several.values()) < alone["goodput"]["latency_mean_s"]
+    assert {each["requests"] for each in several.values()} == {80}
+
+
+def test_prompts_that_begin_alike_are_read_once(inputs: list[str], tmp_path: Path):
+    trace = Path(inputs[1])
+    rows = [json.loads(line) for line in trace.read_text().splitlines()]
+    rows = [row | {"request_tokens": 640, "session_id": i % 4} for i, row in enumerate(rows)]
+    trace.write_text("\n".join(map(json.dumps, rows)))
+    kept = _run(inputs, tmp_path / "a.json", "--replicas", "2")["no_speculation"]
+    read = _run(inputs, tmp_path / "b.json", "--replicas", "2", "--no-prefix-cache")["no_speculation"]
+    assert kept["prefix_cached"] == pytest.approx((80 - 4) * 639 / (80 * 640)), "two sessions a replica"
+    assert read["prefix_cached"] == 0
+    assert kept["first_token_p50_s"] < read["first_token_p50_s"]
+    alone = _run(inputs, tmp_path / "c.json", "--no-prefix-cache")
+    assert alone["goodput"] == _run(inputs, tmp_path / "d.json", "--no-prefix-cache", "--replicas", "1")["goodput"]
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
+        (["--replicas", "0"], "--replicas 0: must be above 0"),
+        (["--router", "x"], "--router x: give one of round_robin, least_loaded, earliest_finish"),
+        (["--replicas", "2", "--at-once", "3"], "--at-once 3 --replicas 2: routers need arrivals"),
         (["--requests", "0"], "--requests 0: must be above 0"),
         (["--speed", "0"], "--speed 0.0: must be above 0"),
         (["--at-once", "-1"], "--at-once -1: must not be negative"),
         (["--kv-tokens", "20"], "--kv-tokens 20: a request has"),
         (["--token-budget", "16"], "--token-budget 16: below --max-seqs 256"),
-        (["--columns", "size=x"], "--columns size=x: give time=NAME, prompt=NAME or output=NAME"),
+        (
+            ["--columns", "size=x"],
+            "--columns size=x: give WHAT=NAME, where WHAT is time, prompt, output, label, blocks, session",
+        ),
         (["--json", "/nowhere/x.json"], "/nowhere/x.json: no such directory"),
         (["--profile", "pyproject.toml"], "give a file that `aurora replay --profile` wrote"),
         (["--costs", "pyproject.toml"], "give a file that `aurora bench --json` wrote"),
