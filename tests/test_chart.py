@@ -68,16 +68,16 @@ def pods(documents: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return {"head": spec["headGroupSpec"]["template"], **groups}
 
 
-VALUES = [
-    {},
-    OWN_SECRET,
-    CPU,
-    {"train": {"enabled": False}},
-    {"serve": {"replicas": 3}, "networkPolicy": {"enabled": False}},
-]
+VALUES = {
+    "default": {},
+    "secret": OWN_SECRET,
+    "cpu": CPU,
+    "no-learning": {"train": {"enabled": False}},
+    "replicas": {"serve": {"replicas": 3}, "networkPolicy": {"enabled": False}},
+}
 
 
-@pytest.fixture(params=VALUES, ids=["default", "secret", "cpu", "no-learning", "replicas"])
+@pytest.fixture(params=VALUES.values(), ids=VALUES.keys())
 def documents(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     return rendered(request.param)
 
@@ -211,11 +211,8 @@ def test_the_service_finds_the_router_and_its_probes_ask_what_aurora_answers_wit
     from serve.access import OPEN_PATHS
 
     service = of_kind(documents, "Service")["spec"]
-    found = [
-        name
-        for name, pod in pods(documents).items()
-        if service["selector"].items() <= pod["metadata"]["labels"].items()
-    ]
+    labels = {name: pod["metadata"]["labels"] for name, pod in pods(documents).items()}
+    found = [name for name in labels if service["selector"].items() <= labels[name].items()]
     assert found == ["router"]
     (container,) = pods(documents)["router"]["spec"]["containers"]
     assert {port["name"] for port in container["ports"]} >= {port["targetPort"] for port in service["ports"]}

@@ -136,6 +136,7 @@ def test_down_ends_serving_first_and_the_cluster_whatever_came_of_that(mine: Pat
         runs = Runs(*codes)
         assert down(DownOptions(file=mine, yes=True), runs) == result
         assert [command[1] for command in runs.commands] == ["exec", "down"]
+        assert runs.commands[0][3].endswith('; "$HOME"/aurora/.venv/bin/ray stop')
         assert runs.commands[1][2:] == ["--yes", str(mine)]
 
 
