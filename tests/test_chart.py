@@ -1,8 +1,10 @@
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -278,10 +280,10 @@ def router(tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
     path = f"{tmp_path}:{os.environ['PATH']}"
     env = {**os.environ, "PATH": path, "HERE": str(tmp_path), "KUBERAY_GEN_RAY_START_CMD": start}
     text = command(documents, "router").replace("/tmp/ray", str(tmp_path))
-    process = subprocess.Popen(["/bin/bash", "-c", text], env=env, text=True)
+    process = subprocess.Popen(["/bin/bash", "-c", text], env=env, text=True, start_new_session=True)
     yield process
-    (tmp_path / "die").touch()
-    process.kill()
+    with suppress(ProcessLookupError):  # a container would end with its first process
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
