@@ -253,7 +253,7 @@ def test_bad_values_are_refused_by_name(values: dict[str, Any], names: list[str]
 RAY = """#!/bin/bash
 printf '%s\\n' "$@" > "$HERE/ray.txt"
 mkdir -p "$HERE/session_latest/sockets"
-python3 -c 'import socket, sys; socket.socket(socket.AF_UNIX).bind(sys.argv[1])' "$HERE/session_latest/sockets/raylet"
+python3 -SE -c 'import socket, sys; socket.socket(socket.AF_UNIX).bind(sys.argv[1])' "$HERE/session_latest/sockets/raylet"
 while [ ! -e "$HERE/die" ]; do sleep 0.1; done
 exit 3
 """
@@ -288,15 +288,15 @@ def router(tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
 
 
 def test_the_router_joins_ray_then_serves_and_hands_on_a_stop(router: "subprocess.Popen[str]", tmp_path: Path) -> None:
-    wait_until((tmp_path / "aurora.txt").exists, 20, "it did not serve")
+    wait_until((tmp_path / "aurora.txt").exists, 120, "it did not serve")
     assert '--resources={"head": 1}' in (tmp_path / "ray.txt").read_text().splitlines()
     assert (tmp_path / "aurora.txt").read_text().splitlines()[:2] == ["serve", "smollm2-135m-instruct"]
     router.terminate()
-    assert router.wait(20) == 0
+    assert router.wait(120) == 0
     assert (tmp_path / "ended").exists()
 
 
 def test_the_routers_container_ends_with_its_ray_node(router: "subprocess.Popen[str]", tmp_path: Path) -> None:
-    wait_until((tmp_path / "aurora.txt").exists, 20, "it did not serve")
+    wait_until((tmp_path / "aurora.txt").exists, 120, "it did not serve")
     (tmp_path / "die").touch()
-    assert router.wait(20) == 3
+    assert router.wait(120) == 3
