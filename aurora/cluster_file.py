@@ -250,7 +250,7 @@ def _shared_note(tree: dict[str, Any]) -> list[str]:
         return []
     return [
         "no setup command mounts a directory: unless all nodes share the --shared directory already, models and new "
-        "drafters do not reach the serve nodes"
+        "drafters do not reach the serve nodes (with --set cluster.transport=ray the drafters do)"
     ]
 
 

@@ -253,7 +253,8 @@ def test_bad_values_are_refused_by_name(values: dict[str, Any], names: list[str]
 RAY = """#!/bin/bash
 printf '%s\\n' "$@" > "$HERE/ray.txt"
 mkdir -p "$HERE/session_latest/sockets"
-python3 -SE -c 'import socket, sys; socket.socket(socket.AF_UNIX).bind(sys.argv[1])' "$HERE/session_latest/sockets/raylet"
+bound='import socket, sys; socket.socket(socket.AF_UNIX).bind(sys.argv[1])'
+python3 -SE -c "$bound" "$HERE/session_latest/sockets/raylet"
 while [ ! -e "$HERE/die" ]; do sleep 0.1; done
 exit 3
 """
