@@ -21,6 +21,8 @@ SOURCE = "~/aurora"  # where the nodes have this working tree
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _HEAD_CPUS = 2
 _SSH = 22
+# What Ray's reader raises for a file that its schema lets pass: it looks at values without asking for their types.
+_RAY_ERRORS = (ValueError, RuntimeError, NotImplementedError, TypeError, KeyError, AttributeError)
 _EXAMPLES = [ipaddress.ip_network(text) for text in ("192.0.2.0/24", "198.51.100.0/24", "203.0.113.0/24")]
 
 
@@ -94,7 +96,7 @@ def _ray_accepts(tree: dict[str, Any]) -> None:
         key = ".".join(map(str, error.absolute_path)) or "the file"
         value = error.instance if isinstance(error.instance, str | int | float) else type(error.instance).__name__
         raise _bad(key, value, f"Ray takes no such cluster file: {' '.join(error.message.split())[-300:]}") from error
-    except (ValueError, RuntimeError, NotImplementedError) as error:
+    except _RAY_ERRORS as error:
         raise UserError(f"Ray takes no such cluster file: {' '.join(str(error).split())}") from error
 
 
@@ -166,8 +168,12 @@ def _check_firewall(tree: dict[str, Any]) -> None:
 
 def _rules(tree: dict[str, Any]) -> list[dict[str, Any]]:
     group = tree["provider"].get("security_group")
-    rules = group.get("IpPermissions") if isinstance(group, dict) else None
-    return [rule for rule in rules if isinstance(rule, dict)] if isinstance(rules, list) else []
+    return _mappings(group.get("IpPermissions")) if isinstance(group, dict) else []
+
+
+def _mappings(values: object) -> list[dict[str, Any]]:
+    """Those of a list; Ray's schema does not look into a provider's own keys."""
+    return [value for value in values if isinstance(value, dict)] if isinstance(values, list) else []
 
 
 def _in_cloud(tree: dict[str, Any]) -> Cluster:
@@ -244,11 +250,11 @@ def _shared_note(tree: dict[str, Any]) -> list[str]:
         return []
     return [
         "no setup command mounts a directory: unless all nodes share the --shared directory already, models and new "
-        "drafters do not reach the serve nodes"
+        "drafters do not reach the serve nodes (with --set cluster.transport=ray the drafters do)"
     ]
 
 
 def _ssh_note(tree: dict[str, Any]) -> list[str]:
-    ranges = [each for rule in _rules(tree) for each in rule.get("IpRanges") or []]
+    ranges = [each for rule in _rules(tree) for each in _mappings(rule.get("IpRanges"))]
     open_to_all = any(each.get("CidrIp") == "0.0.0.0/0" for each in ranges)
     return ["SSH is open to the whole internet: narrow provider.security_group to your network"] if open_to_all else []

@@ -83,7 +83,9 @@ def down(options: DownOptions, run: Run = run_command) -> int:
     """Stop serving, then the cluster; one that cannot be reached any more is ended all the same."""
     file = cluster_file(options.file)
     cluster = load(file, Path.cwd())
-    if run([*ray_command("exec"), str(file), stop_command(run_dir(options.shared, cluster.name))]):
+    stop = stop_command(run_dir(options.shared, cluster.name))
+    stop_ray = f"{on_node(f'{SOURCE}/.venv/bin/ray')} stop"  # `ray down` looks for it in PATH, where it is not
+    if run([*ray_command("exec"), str(file), f"{stop}; {stop_ray}"]):
         print("aurora: `aurora serve` could not be stopped in order; its cluster is ended now", file=sys.stderr)
     return 1 if run([*ray_command("down"), *_yes(options.yes), str(file)]) else 0
 

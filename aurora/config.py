@@ -308,6 +308,11 @@ class AuroraConfig(_Branch):
         return self.run_dir / "draft_models"
 
     @property
+    def routed(self) -> bool:
+        """Whether a Router has the endpoint: it is beside `aurora serve`, while a Server of a cluster is anywhere."""
+        return self.cluster.replicas > 1 or self.cluster.address is not None
+
+    @property
     def ships_drafters(self) -> bool:
         """Whether drafters reach the servers through Ray; without a trainer there are none to bring."""
         return self.cluster.transport == "ray" and self.learning

@@ -32,7 +32,7 @@ class Deployment:
         self.trainer = self._make_trainer(placement) if self._trainer_name is not None else None
         self.router: Any = None  # of several servers
         self.server: Any = None  # the only one
-        if config.cluster.replicas > 1:
+        if config.routed:
             self._inner_key = secrets.token_hex(32)
             from serve.router_actor import make_router_actor
 

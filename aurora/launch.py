@@ -54,7 +54,7 @@ def serve(config: AuroraConfig) -> int:
             _say_placement(config, model_dir)
         deployment = Deployment(config, model_dir, keys)
         try:
-            return supervise(deployment) if config.cluster.replicas > 1 else _supervise(deployment)
+            return supervise(deployment) if config.routed else _supervise(deployment)
         finally:
             deployment.close()
     finally:

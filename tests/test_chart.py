@@ -1,8 +1,10 @@
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -68,16 +70,16 @@ def pods(documents: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return {"head": spec["headGroupSpec"]["template"], **groups}
 
 
-VALUES = [
-    {},
-    OWN_SECRET,
-    CPU,
-    {"train": {"enabled": False}},
-    {"serve": {"replicas": 3}, "networkPolicy": {"enabled": False}},
-]
+VALUES = {
+    "default": {},
+    "secret": OWN_SECRET,
+    "cpu": CPU,
+    "no-learning": {"train": {"enabled": False}},
+    "replicas": {"serve": {"replicas": 3}, "networkPolicy": {"enabled": False}},
+}
 
 
-@pytest.fixture(params=VALUES, ids=["default", "secret", "cpu", "no-learning", "replicas"])
+@pytest.fixture(params=VALUES.values(), ids=VALUES.keys())
 def documents(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     return rendered(request.param)
 
@@ -211,11 +213,8 @@ def test_the_service_finds_the_router_and_its_probes_ask_what_aurora_answers_wit
     from serve.access import OPEN_PATHS
 
     service = of_kind(documents, "Service")["spec"]
-    found = [
-        name
-        for name, pod in pods(documents).items()
-        if service["selector"].items() <= pod["metadata"]["labels"].items()
-    ]
+    labels = {name: pod["metadata"]["labels"] for name, pod in pods(documents).items()}
+    found = [name for name in labels if service["selector"].items() <= labels[name].items()]
     assert found == ["router"]
     (container,) = pods(documents)["router"]["spec"]["containers"]
     assert {port["name"] for port in container["ports"]} >= {port["targetPort"] for port in service["ports"]}
@@ -254,7 +253,8 @@ def test_bad_values_are_refused_by_name(values: dict[str, Any], names: list[str]
 RAY = """#!/bin/bash
 printf '%s\\n' "$@" > "$HERE/ray.txt"
 mkdir -p "$HERE/session_latest/sockets"
-python3 -c 'import socket, sys; socket.socket(socket.AF_UNIX).bind(sys.argv[1])' "$HERE/session_latest/sockets/raylet"
+bound='import socket, sys; socket.socket(socket.AF_UNIX).bind(sys.argv[1])'
+python3 -SE -c "$bound" "$HERE/session_latest/sockets/raylet"
 while [ ! -e "$HERE/die" ]; do sleep 0.1; done
 exit 3
 """
@@ -281,23 +281,23 @@ def router(tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
     path = f"{tmp_path}:{os.environ['PATH']}"
     env = {**os.environ, "PATH": path, "HERE": str(tmp_path), "KUBERAY_GEN_RAY_START_CMD": start}
     text = command(documents, "router").replace("/tmp/ray", str(tmp_path))
-    process = subprocess.Popen(["/bin/bash", "-c", text], env=env, text=True)
+    process = subprocess.Popen(["/bin/bash", "-c", text], env=env, text=True, start_new_session=True)
     yield process
-    (tmp_path / "die").touch()
-    process.kill()
+    with suppress(ProcessLookupError):  # a container would end with its first process
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def test_the_router_joins_ray_then_serves_and_hands_on_a_stop(router: "subprocess.Popen[str]", tmp_path: Path) -> None:
-    wait_until((tmp_path / "aurora.txt").exists, 20, "it did not serve")
+    wait_until((tmp_path / "aurora.txt").exists, 120, "it did not serve")
     assert '--resources={"head": 1}' in (tmp_path / "ray.txt").read_text().splitlines()
     assert (tmp_path / "aurora.txt").read_text().splitlines()[:2] == ["serve", "smollm2-135m-instruct"]
     router.terminate()
-    assert router.wait(20) == 0
+    assert router.wait(120) == 0
     assert (tmp_path / "ended").exists()
 
 
 def test_the_routers_container_ends_with_its_ray_node(router: "subprocess.Popen[str]", tmp_path: Path) -> None:
-    wait_until((tmp_path / "aurora.txt").exists, 20, "it did not serve")
+    wait_until((tmp_path / "aurora.txt").exists, 120, "it did not serve")
     (tmp_path / "die").touch()
-    assert router.wait(20) == 3
+    assert router.wait(120) == 3

@@ -36,8 +36,12 @@ def test_the_wheel_holds_the_four_packages(tmp_path: Path) -> None:
     build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("aurora_specdec-*.whl")
-    names = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
+    files = set(zipfile.ZipFile(wheel).namelist())
+    names = {name.split("/")[0] for name in files}
     assert {name for name in names if not name.endswith(".dist-info")} == {"aurora", "drafters", "serve", "trainer"}
+    shipped = [path for path in (ROOT / "aurora" / "deploy").rglob("*") if path.is_file()]
+    assert len(shipped) >= 15
+    assert {str(path.relative_to(ROOT)) for path in shipped} <= files
 
 
 def show(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:

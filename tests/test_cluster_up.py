@@ -136,6 +136,7 @@ def test_down_ends_serving_first_and_the_cluster_whatever_came_of_that(mine: Pat
         runs = Runs(*codes)
         assert down(DownOptions(file=mine, yes=True), runs) == result
         assert [command[1] for command in runs.commands] == ["exec", "down"]
+        assert runs.commands[0][3].endswith('; "$HOME"/aurora/.venv/bin/ray stop')
         assert runs.commands[1][2:] == ["--yes", str(mine)]
 
 
@@ -159,7 +160,7 @@ class Node:
 
     def shell(self, command: str) -> int:
         env = {**os.environ, "HOME": str(self.home)}
-        return subprocess.run(["bash", "-c", command], env=env, check=False, timeout=60).returncode
+        return subprocess.run(["bash", "-c", command], env=env, check=False, timeout=300).returncode
 
     def log(self) -> str:
         return (self.run_dir / "serve.log").read_text()
@@ -182,11 +183,11 @@ def alive(pid: int) -> bool:
 def test_serving_starts_in_the_background_and_ends_in_order(node: Node) -> None:
     start = start_command("~/my shared/runs/c", "~/my shared", ["serve", "a model", "--set", "x=~/y"])
     assert node.shell(start) == 0
-    wait_until(lambda: "aurora" in node.log(), 20, "it did not start")
+    wait_until(lambda: "aurora" in node.log(), 120, "it did not start")
     assert node.log() == f"aurora serve a model --set x=~/y with token in {node.home}/my shared/cache\n"
     first = node.pid()
     assert node.shell(start) == 0, "a second time it takes the place of the first"
-    wait_until(lambda: node.log().count("aurora serve") == 2, 20, "it did not start again")
+    wait_until(lambda: node.log().count("aurora serve") == 2, 120, "it did not start again")
     assert "ended" in node.log()
     assert not alive(first)
     second = node.pid()

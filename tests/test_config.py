@@ -102,3 +102,9 @@ def test_traces_are_taken_for_the_trainer_or_for_the_log(tmp_path: Path) -> None
     assert load_config(None, {"trainer.enabled": False, "capture.log_dir": tmp_path}).captures
     with pytest.raises(ConfigError, match=r"capture\.log_dir: there are traces of neural drafters only"):
         load_config(None, {"capture.log_dir": tmp_path, "speculation.drafters": ("ngram",)})
+
+
+def test_on_a_cluster_and_among_replicas_the_endpoint_is_a_routers() -> None:
+    assert not load_config(None, {}).routed
+    assert load_config(None, {"cluster.replicas": 2}).routed
+    assert load_config(None, {"cluster.address": "auto"}).routed
