@@ -65,6 +65,7 @@ class Deployment:
         self.config = config
         self._id = uuid.uuid4().hex[:8]
         self.reporter = self._make_reporter()
+        self.source: Any
         self.source, placement = self._make_source() if config.ships_drafters else (None, None)
         self.trainer = self._make_trainer(model_dir, placement) if config.learning else None
         from serve.actor import make_server_actor

@@ -85,7 +85,8 @@ class LocalSource:
 
     def offers(self) -> bytes:
         """The versions that are READY now."""
-        found, paths = [], {}
+        found: list[Offer] = []
+        paths: dict[str, Path] = {}
         for number in self._store.versions():
             try:
                 version = self._store.read(number)

@@ -30,7 +30,7 @@ class RemoteSource:
     def __init__(self, find: Callable[[], Any], kind: str, errors: tuple[type[Exception], ...]) -> None:
         self._find = find
         self._kind = kind
-        self._errors = errors
+        self._errors: tuple[type[Exception], ...] = (TimeoutError, *errors)
         self._handle: Any = None
 
     async def offers(self) -> bytes:
@@ -48,7 +48,7 @@ class RemoteSource:
         try:
             self._handle = self._handle or self._find()
             return await asyncio.wait_for(getattr(self._handle, method).remote(self._kind, *args), _ANSWER_S)
-        except (TimeoutError, *self._errors) as error:
+        except self._errors as error:
             self._handle = None
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise SourceUnreachable(f"the trainer's drafter store does not answer: {reason}") from error
