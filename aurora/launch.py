@@ -89,7 +89,9 @@ class Deployment:
         from trainer.actor import make_trainer_actor
 
         reporter = self._name("reporter") if self.reporter is not None else None
-        return make_trainer_actor(self.config, model_dir, self._name("trainer"), reporter, resources=_role("train"))
+        role, server = _role("train"), self.config.server  # nodes with a role are the trainers' own
+        taken = {} if role else {"CPU": server.num_cpus or 1.0, "GPU": server.num_gpus}
+        return make_trainer_actor(self.config, model_dir, self._name("trainer"), reporter, resources=role, taken=taken)
 
     def close(self) -> None:
         """Let the trainer write its checkpoint and the reporter close the W&B run; one that is dead is passed over."""
