@@ -1,29 +1,35 @@
 """Workers in processes of their own, over Gloo: the same result as one worker, and none of them is needed."""
 
+import multiprocessing
 import os
+import pickle
 import random
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import Store
 
 from aurora.config import AuroraConfig, ConfigError, TrainerConfig, UserError, load_config
 from drafters import Eagle3Config, TargetWeights, initialise
 from tests.tiny import DRAFT_VOCAB, HIDDEN, VOCAB, TinyServer, half_right, prompts
 from trainer.buffer import Replay
 from trainer.checkpoint import load_checkpoint, save_checkpoint
-from trainer.crew import Crew
+from trainer.crew import Crew, take_step
 from trainer.learner import Learner, StepMetrics
-from trainer.local_helpers import LocalHelper, start_helpers
+from trainer.local_helpers import LOOPBACK, LocalHelper, start_helpers
+from trainer.parallel import Host, Meeting, join, use_interface
 from trainer.rollout import build_batch
+from trainer.sharded import ShardedLearner
+from trainer.shares import split
 
 SETTINGS = TrainerConfig(
     learning_rate=3e-3, warmup_steps=4, batch_rows=64, precision="fp32", rejected_weight=0.5, nice=0, workers=3
 )
 START_S = 120.0
-Values = tuple[float, ...]
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +69,7 @@ class Together:
 
     def __init__(self, learner: Learner, replay: Replay, helpers: list[LocalHelper], timeout_s: float = 60.0) -> None:
         self.learner, self.replay = learner, replay
-        self.crew = Crew(learner, helpers, "127.0.0.1", "cpu", timeout_s)
+        self.crew = Crew(learner, helpers, LOOPBACK, "cpu", timeout_s)
         assert self.crew.gather(START_S)
 
     def step(self) -> StepMetrics:
@@ -165,3 +171,42 @@ def test_bad_numbers_of_workers_are_refused(directory: Path) -> None:
     if torch.cuda.device_count() < 2:
         with pytest.raises(UserError, match="each takes a GPU"):
             start_helpers(settings, directory)
+
+
+def test_shards_over_two_workers_learn_what_one_learns(directory: Path, replay: Replay, tmp_path: Path) -> None:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as other:
+        host = Host(LOOPBACK, START_S)
+        meeting = host.call(2)
+        (tmp_path / "replay").write_bytes(pickle.dumps(replay))
+        use_interface(LOOPBACK)
+        second = other.submit(train_sharded, directory, tmp_path / "replay", meeting, 1)
+        first = train_sharded(directory, tmp_path / "replay", meeting, 0, host.store)
+        assert second.result(START_S) == first
+    assert max(first) < 1e-5
+
+
+def train_sharded(
+    directory: Path, replay_file: Path, meeting: Meeting, rank: int, store: Store | None = None
+) -> list[float]:
+    """One of two workers; what sets loss, norm and gathered weights apart from a whole learner's."""
+    replay: Replay = pickle.loads(replay_file.read_bytes())
+    target = TargetWeights.load(directory)
+    whole = Alone(new_learner(target), replay)
+    group = join(meeting, rank, "cpu", store)
+    sharded = ShardedLearner(new_learner(target), group)
+    gathered = new_learner(target)
+    apart: list[float] = []
+    for step in range(4):
+        windows = replay.sample(SETTINGS.batch_rows, random.Random(step))
+        mine, other = take_step(sharded, split(windows, 2, SETTINGS.ttt_steps)[rank], 0, "cpu")[0], whole.step()
+        apart += [abs(mine.loss - other.loss), abs(mine.grad_norm - other.grad_norm)]
+        if step == 1:  # what is gathered holds the moments, too
+            sharded.gather(gathered)
+            sharded = ShardedLearner(gathered, group)
+    sharded.gather(gathered)
+    pairs = zip(gathered.model.parameters(), whole.learner.model.parameters(), strict=True)
+    apart += [float((a - b).detach().abs().max()) for a, b in pairs]
+    held = sum(parameter.to_local().numel() for parameter in sharded.model.parameters())
+    assert held < 0.6 * sum(parameter.numel() for parameter in gathered.model.parameters())
+    group.close()
+    return apart

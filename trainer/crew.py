@@ -104,8 +104,14 @@ class Crew:
         self._group: Group | None = None
         self._members: list[Helper] = []  # of the group, in order of rank from 1 on
         self._ready = {helper: helper.submit("ready") for helper in self._helpers}  # of those in no group
+        self._process: dict[Helper, int] = {}  # as each said when it was last ready
         self._copied = (-1, -1)  # revision and step that all members have
         self.lost = 0  # times that a group broke
+
+    @property
+    def processes(self) -> list[int]:
+        """Process ids of the workers that take part, the leader's first."""
+        return [os.getpid(), *(self._process[helper] for helper in self._members)]
 
     @property
     def size(self) -> int:
@@ -161,7 +167,8 @@ class Crew:
         members = [*self._members, *new]
         meeting = self._host.call(1 + len(members))
         for rank, helper in enumerate(members, 1):
-            self._ready.pop(helper, None)
+            if helper in self._ready:
+                self._process[helper] = self._ready.pop(helper).result()
             helper.submit("join", meeting, rank, self._learner.model.config)
         self._members = members
         try:

@@ -11,6 +11,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from aurora.config import TrainerConfig
 from drafters.eagle3 import Eagle3
@@ -64,9 +65,7 @@ class Learner:
         self.peers: Peers = ALONE
         self.revision = 0  # grows whenever something other than a step changes parameters or moments
         self._rollouts = Rollouts(model)
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
-        )
+        self.optimizer = make_optimizer(model, config)
         self._draft_head = target.lm_head[model.draft_ids]  # [D, H], the frozen judge
         self._bf16 = uses_bf16(config.precision, self._draft_head.device.type)
 
@@ -88,7 +87,7 @@ class Learner:
         self.optimizer.zero_grad()
         torch.autograd.backward(self._judge.loss(sums, weights) * (1.0 if place.counts else 0.0))
         self.peers.add_gradients(self.model)
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+        grad_norm = self._clip()
         self.optimizer.step()
         self.steps += 1
         self.tokens += whole.rows
@@ -108,6 +107,11 @@ class Learner:
             rl_clipped=whole.outside / whole.actions if whole.actions else 0.0,
             seconds=time.perf_counter() - began,
         )
+
+    def _clip(self) -> Tensor:
+        """Bound the norm of the gradient; returns what it was."""
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def _add_up(self, own: Tally, place: Place) -> Tally:
         """The tally of the whole batch."""
@@ -182,6 +186,13 @@ class Rollouts(nn.Module):
     def forward(self, context: Context, depths: list[Nodes]) -> list[Tensor]:
         """Logits [n, D] of the nodes of each depth, float32."""
         return [self.model.logits(state).float() for state in run_rollouts(self.model, context, depths)]
+
+
+def make_optimizer(model: nn.Module, config: TrainerConfig) -> torch.optim.AdamW:
+    """AdamW without any moments yet."""
+    return torch.optim.AdamW(
+        model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+    )
 
 
 def uses_bf16(precision: str, device: str) -> bool:

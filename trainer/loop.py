@@ -6,6 +6,7 @@ train on it waits for a payload. `ingest` never waits for a unit: traces go to a
 """
 
 import logging
+import os
 import random
 import threading
 import time
@@ -367,7 +368,7 @@ class TrainerLoop:
         return {
             "version": self.version,
             "step": self._learner.steps,
-            "workers": self.crew.size if self.crew is not None else 1,
+            "worker_pids": self.crew.processes if self.crew is not None else [os.getpid()],
             "tokens_trained": self._learner.tokens,
             "loss": step.loss if step else None,
             "train_acceptance_length": step.acceptance_length if step else None,
