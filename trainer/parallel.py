@@ -27,6 +27,7 @@ import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ class Host:
         listener.bind((address, 0))
         listener.listen()
         self._port = listener.getsockname()[1]
-        self.store = dist.TCPStore(
+        self.store = TCPStore(
             address, self._port, None, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
         )
         self._meetings = 0
@@ -133,12 +134,12 @@ class Group:
                 log.debug("left a broken group: %s", error)
 
 
-def join(meeting: Meeting, rank: int, device: str, store: dist.Store | None = None) -> Group:
+def join(meeting: Meeting, rank: int, device: str, store: Store | None = None) -> Group:
     """Form the group of a meeting; the leader gives its own `store`. Raises PeerLost when not all come."""
     with _lost_if_it_fails("the others"):
         if store is None:
-            store = dist.TCPStore(meeting.host, meeting.port, timeout=timedelta(seconds=_MEET_S))
-        place = dist.PrefixStore(str(meeting.number), store)
+            store = TCPStore(meeting.host, meeting.port, timeout=timedelta(seconds=_MEET_S))
+        place = PrefixStore(str(meeting.number), store)
         _meet(place, rank, meeting.world)
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
         dist.init_process_group(
@@ -147,7 +148,7 @@ def join(meeting: Meeting, rank: int, device: str, store: dist.Store | None = No
     return Group(rank, meeting.world)
 
 
-def _meet(place: dist.Store, rank: int, world: int) -> None:
+def _meet(place: Store, rank: int, world: int) -> None:
     """Wait until all are here: connecting to one that died would last as long as a collective may."""
     limit = timedelta(seconds=_MEET_S)
     place.set(f"here {rank}", "")

@@ -84,7 +84,7 @@ def _shard(tensor: Tensor, like: DTensor) -> Tensor:
 
 
 def _full(tensor: Tensor) -> Tensor:
-    return cast("Tensor", tensor.full_tensor()) if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @contextmanager
