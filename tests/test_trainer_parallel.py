@@ -1,30 +1,23 @@
 """Workers in processes of their own, over Gloo: the same result as one worker, and none of them is needed."""
 
-import multiprocessing
 import os
-import pickle
 import random
 import signal
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed import Store
 
 from aurora.config import AuroraConfig, ConfigError, TrainerConfig, UserError, load_config
 from drafters import Eagle3Config, TargetWeights, initialise
 from tests.tiny import DRAFT_VOCAB, HIDDEN, VOCAB, TinyServer, half_right, prompts
 from trainer.buffer import Replay
 from trainer.checkpoint import load_checkpoint, save_checkpoint
-from trainer.crew import Crew, take_step
+from trainer.crew import Crew
 from trainer.learner import Learner, StepMetrics
 from trainer.local_helpers import LOOPBACK, LocalHelper, start_helpers
-from trainer.parallel import Host, Meeting, join, use_interface
 from trainer.rollout import build_batch
-from trainer.sharded import ShardedLearner
-from trainer.shares import split
 
 SETTINGS = TrainerConfig(
     learning_rate=3e-3, warmup_steps=4, batch_rows=64, precision="fp32", rejected_weight=0.5, nice=0, workers=3
@@ -49,8 +42,8 @@ def helpers(directory: Path) -> Iterator[list[LocalHelper]]:
         helper.close()
 
 
-def new_learner(target: TargetWeights) -> Learner:
-    return Learner(initialise(target, Eagle3Config.for_target(target.config, DRAFT_VOCAB), seed=0), target, SETTINGS)
+def new_learner(target: TargetWeights, settings: TrainerConfig = SETTINGS) -> Learner:
+    return Learner(initialise(target, Eagle3Config.for_target(target.config, DRAFT_VOCAB), seed=0), target, settings)
 
 
 class Alone:
@@ -91,6 +84,8 @@ def assert_same(ours: "Together | Alone", theirs: Alone, steps: int) -> None:
         assert mine.grad_norm == pytest.approx(other.grad_norm, rel=1e-4)
         assert mine.acceptance_per_depth == other.acceptance_per_depth
         assert (mine.step, mine.rows, mine.rejected_rows) == (other.step, other.rows, other.rejected_rows)
+    if isinstance(ours, Together):
+        ours.crew.settle()
     assert ours.learner.missed == theirs.learner.missed
     for a, b in zip(ours.learner.model.parameters(), theirs.learner.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
@@ -167,46 +162,33 @@ def test_bad_numbers_of_workers_are_refused(directory: Path) -> None:
         load_config(None, {"trainer.workers": 0})
     with pytest.raises(ConfigError, match="only eagle3 is trained by several"):
         load_config(None, {"trainer.workers": 2, "speculation.drafters": ["ngram"]})
+    with pytest.raises(ConfigError, match="there is one worker only"):
+        load_config(None, {"trainer.sharded": True})
     settings = AuroraConfig.model_validate({"trainer": {"workers": 2, "num_gpus": 1}}).trainer
     if torch.cuda.device_count() < 2:
         with pytest.raises(UserError, match="each takes a GPU"):
             start_helpers(settings, directory)
 
 
-def test_shards_over_two_workers_learn_what_one_learns(directory: Path, replay: Replay, tmp_path: Path) -> None:
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as other:
-        host = Host(LOOPBACK, START_S)
-        meeting = host.call(2)
-        (tmp_path / "replay").write_bytes(pickle.dumps(replay))
-        use_interface(LOOPBACK)
-        second = other.submit(train_sharded, directory, tmp_path / "replay", meeting, 1)
-        first = train_sharded(directory, tmp_path / "replay", meeting, 0, host.store)
-        assert second.result(START_S) == first
-    assert max(first) < 1e-5
-
-
-def train_sharded(
-    directory: Path, replay_file: Path, meeting: Meeting, rank: int, store: Store | None = None
-) -> list[float]:
-    """One of two workers; what sets loss, norm and gathered weights apart from a whole learner's."""
-    replay: Replay = pickle.loads(replay_file.read_bytes())
-    target = TargetWeights.load(directory)
-    whole = Alone(new_learner(target), replay)
-    group = join(meeting, rank, "cpu", store)
-    sharded = ShardedLearner(new_learner(target), group)
-    gathered = new_learner(target)
-    apart: list[float] = []
-    for step in range(4):
-        windows = replay.sample(SETTINGS.batch_rows, random.Random(step))
-        mine, other = take_step(sharded, split(windows, 2, SETTINGS.ttt_steps)[rank], 0, "cpu")[0], whole.step()
-        apart += [abs(mine.loss - other.loss), abs(mine.grad_norm - other.grad_norm)]
-        if step == 1:  # what is gathered holds the moments, too
-            sharded.gather(gathered)
-            sharded = ShardedLearner(gathered, group)
-    sharded.gather(gathered)
-    pairs = zip(gathered.model.parameters(), whole.learner.model.parameters(), strict=True)
-    apart += [float((a - b).detach().abs().max()) for a, b in pairs]
-    held = sum(parameter.to_local().numel() for parameter in sharded.model.parameters())
-    assert held < 0.6 * sum(parameter.numel() for parameter in gathered.model.parameters())
-    group.close()
-    return apart
+def test_shards_on_two_workers_learn_what_one_learns_and_a_lost_one_takes_its_steps_along(
+    directory: Path, target: TargetWeights, replay: Replay
+) -> None:
+    settings = SETTINGS.model_copy(update={"workers": 2, "sharded": True})
+    (helper,) = start_helpers(settings, directory)
+    with Together(new_learner(target, settings), replay, [helper]) as several:
+        alone = Alone(new_learner(target), replay)
+        assert_same(several, alone, 2)
+        held = sum(parameter.to_local().numel() for parameter in several.crew.working.model.parameters())
+        assert held < 0.6 * sum(parameter.numel() for parameter in several.learner.model.parameters())
+        for learner in (several.learner, alone.learner):  # as the gate does, after `settle`
+            learner.change_vocabulary(torch.arange(VOCAB - DRAFT_VOCAB, VOCAB))
+        assert_same(several, alone, 2)
+        several.step()
+        os.kill(helper.submit("ready").result(START_S), signal.SIGKILL)
+        assert several.step().step == 5, "step 5 was not gathered and is taken again"
+        assert several.crew.lost == 1
+        assert several.crew.gather(START_S)
+        assert several.step().step == 6
+        several.crew.settle()
+        assert (several.learner.steps, several.crew.size, several.crew.lost) == (6, 2, 1)
+    helper.close()

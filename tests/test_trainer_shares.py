@@ -14,8 +14,8 @@ from aurora.config import RLConfig, TrainerConfig
 from drafters import Eagle3Config, TargetWeights, initialise
 from tests.tiny import DRAFT_VOCAB, HIDDEN, VOCAB, TinyServer, half_right, prompts, write_target
 from trainer.buffer import Replay
-from trainer.crew import take_step
 from trainer.learner import Learner, StepMetrics
+from trainer.member import take_step
 from trainer.rollout import build_batch
 from trainer.shares import Share, Windows, split
 

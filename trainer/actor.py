@@ -18,8 +18,8 @@ import torch
 from aurora.config import AuroraConfig, TrainerConfig, UserError
 from drafters.target import TargetWeights
 from trainer.budget import Load
-from trainer.crew import Member
 from trainer.loop import TrainerLoop
+from trainer.member import Member
 from trainer.parallel import use_interface
 from trainer.priority import yield_to_others
 from trainer.shares import Share

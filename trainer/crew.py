@@ -1,4 +1,4 @@
-"""Several workers behind one learner: the leader's side (`Crew`) and the helpers' (`Member`).
+"""Several workers behind one learner: the leader's side. The helpers' is `trainer.member`.
 
 The leader owns everything; a helper is told its share of each step and answers nothing but that it is done. So the
 helpers compute exactly while the leader does, within its budget. Which helpers take part is settled between steps: one
@@ -6,34 +6,31 @@ that is ready is admitted and gets the leader's weights, moments and counters; w
 (it died, or a collective ran into its time limit) the group forms anew from those that answer and the same step is
 taken again. The leader's state is the truth: it changes only after all that has to be added up has been. A helper that
 comes back later joins again. With none left the leader trains alone; nobody waits without a limit.
+
+With `trainer.sharded` the steps are taken by a `ShardedLearner`, and the leader's own is brought up to date (`settle`)
+before it is judged, published, saved or sent to a larger group. A worker that is lost takes its shards along: then
+training goes back to that state.
 """
 
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, wait
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor
-
-from aurora.config import TrainerConfig
-from drafters.config import Eagle3Config
-from drafters.eagle3 import Eagle3
-from drafters.target import TargetWeights
 from trainer.learner import Learner, StepMetrics
-from trainer.parallel import ALONE, Group, Host, Meeting, PeerLost, join, use_interface
-from trainer.rollout import Batch, build_batch
-from trainer.shares import Share, Windows, split
+from trainer.member import take_step, working_copy
+from trainer.parallel import ALONE, Group, Host, PeerLost, join, use_interface
+from trainer.rollout import Batch
+from trainer.sharded import ShardedLearner
+from trainer.shares import Windows, split
 
 log = logging.getLogger(__name__)
 
 _ANSWER_S = 3.0  # in which those that are left say so after one was lost; later ones join later
 _TRIES = 2  # of a step with others before the leader takes it alone
 _STEPS_A_COPY = 500  # after which weights are sent again: machines that differ round differently
-_EVERY_ROW = 2**62  # of a share is context
-_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
 class Helper(Protocol):
@@ -41,53 +38,6 @@ class Helper(Protocol):
 
     def submit(self, method: str, *args: Any) -> Future[Any]: ...
     def close(self) -> None: ...
-
-
-class Member:
-    """The helper's side: a learner that follows the leader's."""
-
-    def __init__(self, settings: TrainerConfig, target: TargetWeights, device: str) -> None:
-        self._settings, self._target, self._device = settings, target, device
-        self._learner: Learner | None = None
-        self._group: Group | None = None
-
-    def ready(self) -> int:
-        """Whoever gets this process's id knows that it is in no step."""
-        return os.getpid()
-
-    def join(self, meeting: Meeting, rank: int, drafter: Eagle3Config) -> bool:
-        """Form a group; False when the others did not come."""
-        self.leave()
-        if self._learner is None:
-            self._learner = Learner(Eagle3(drafter, self._target.embed_tokens), self._target, self._settings)
-        try:
-            self._group = join(meeting, rank, self._device)
-        except PeerLost as error:
-            log.warning("no group: %s", error)
-        return self._group is not None
-
-    def step(self, share: Share, oldest_version: int, copy: bool) -> bool:
-        """Take part in a step, with a copy of the leader's state first where it says so; False when one was lost."""
-        if self._group is None or self._learner is None:
-            return False
-        try:
-            if copy:
-                copy_state(self._learner, self._group)
-            self._learner.peers = self._group
-            take_step(self._learner, share, oldest_version, self._device)
-        except PeerLost as error:
-            log.warning("left the group: %s", error)
-            self.leave()
-        except BaseException:
-            self.leave()  # the others need not wait for the time limit
-            raise
-        return self._group is not None
-
-    def leave(self) -> None:
-        """Be in no group."""
-        if self._group is not None:
-            self._group.close()
-        self._group = None
 
 
 class Crew:
@@ -98,6 +48,8 @@ class Crew:
     ) -> None:
         """address: of this machine, where the group meets; timeout_s: of a collective."""
         self._learner, self._device = learner, device
+        self.working = learner  # what takes the steps
+        self._settled = learner.steps, learner.tokens  # when `learner` was last up to date
         self._helpers = list(helpers)
         use_interface(address)
         self._host = Host(address, timeout_s)
@@ -127,9 +79,7 @@ class Crew:
             try:
                 return self._step(self._group, windows, oldest_version)
             except PeerLost as error:
-                self.lost += 1
-                log.warning("a training worker was lost, the step is taken again: %s", error)
-                self.part()
+                self._lose(error)
         self._learner.peers = ALONE
         alone = split(windows, 1, self._learner.config.ttt_steps)[0]
         return take_step(self._learner, alone, oldest_version, self._device)
@@ -138,14 +88,39 @@ class Crew:
         learner = self._learner
         shares = split(windows, group.world, learner.config.ttt_steps)
         revision, steps = self._copied
-        copy = revision != learner.revision or learner.steps >= steps + _STEPS_A_COPY
+        drifts = not learner.config.sharded and learner.steps >= steps + _STEPS_A_COPY
+        copy = revision != learner.revision or drifts
         for helper, share in zip(self._members, shares[1:], strict=True):
             helper.submit("step", share, oldest_version, copy)
         if copy:
-            copy_state(learner, group)
+            self.working = working_copy(learner, group)
             self._copied = learner.revision, learner.steps
-        learner.peers = group
-        return take_step(learner, shares[0], oldest_version, self._device)
+            self._settled = learner.steps, learner.tokens
+        metrics, batch = take_step(self.working, shares[0], oldest_version, self._device)
+        learner.steps, learner.tokens, learner.missed = metrics.step, self.working.tokens, self.working.missed
+        return metrics, batch
+
+    def settle(self) -> None:
+        """Bring the leader's learner up to date, as far as its workers are there to ask."""
+        working = self.working
+        if not isinstance(working, ShardedLearner) or self._settled == (working.steps, working.tokens):
+            return
+        for helper in self._members:
+            helper.submit("gather")
+        try:
+            working.gather(self._learner)
+            self._settled = working.steps, working.tokens
+        except PeerLost as error:
+            self._lose(error)
+
+    def _lose(self, error: PeerLost) -> None:
+        """End a group that broke."""
+        self.lost += 1
+        log.warning("a training worker was lost at step %d: %s", self._learner.steps, error)
+        if isinstance(self.working, ShardedLearner):
+            self._learner.steps, self._learner.tokens = self._settled
+            log.warning("its shards went with it: training goes back to step %d", self._learner.steps)
+        self.part()
 
     def gather(self, limit_s: float) -> bool:
         """Wait until all helpers take part; False when they do not within `limit_s`."""
@@ -163,6 +138,7 @@ class Crew:
         new = [helper for helper, ready in self._ready.items() if ready.done() and ready.exception() is None]
         if not new:
             return
+        self.settle()
         self._close_group()
         members = [*self._members, *new]
         meeting = self._host.call(1 + len(members))
@@ -179,7 +155,7 @@ class Crew:
             self.part()
 
     def part(self) -> None:
-        """End the group; those that answer soon are ready for the next one."""
+        """End the group, with its shards; those that answer soon are ready for the next one."""
         self._close_group()
         self._ready |= {helper: helper.submit("ready") for helper in self._members}
         self._members = []
@@ -188,51 +164,10 @@ class Crew:
     def _close_group(self) -> None:
         if self._group is not None:
             self._group.close()
-        self._group, self._copied = None, (-1, -1)
+        self._group, self._copied, self.working = None, (-1, -1), self._learner
 
     def close(self) -> None:
         """End the helpers."""
         self._close_group()
         for helper in self._helpers:
             helper.close()
-
-
-def take_step(learner: Learner, share: Share, oldest_version: int, device: str) -> tuple[StepMetrics, Batch]:
-    """One worker's part of an optimiser step; returns what the whole batch showed, and the share's own batch."""
-    settings = learner.config
-    batch = build_batch(
-        share.windows,
-        settings.ttt_steps,
-        oldest_version=oldest_version,
-        rejected=settings.learns_rejected,
-        device=device,
-        max_context=_EVERY_ROW,
-    )
-    return learner.step(batch, share.place), batch
-
-
-def copy_state(learner: Learner, group: Group) -> None:
-    """Give every worker the leader's weights, vocabulary, moments and counters."""
-    parameters = list(learner.model.parameters())
-    moments = all(learner.optimizer.state.get(p) for p in parameters)
-    counters = torch.tensor([learner.steps, learner.tokens, learner.warm_from, int(moments)])
-    group.follow_leader([counters])
-    learner.steps, learner.tokens, learner.warm_from, moments = counters.tolist()
-    group.follow_leader(learner.model.state_dict().values())
-    if group.rank:
-        learner.optimizer.state.clear()
-    if moments:
-        group.follow_leader(_moments(learner, make=group.rank > 0))
-    if group.rank:
-        learner.reload()
-
-
-def _moments(learner: Learner, make: bool) -> Iterator[Tensor]:
-    """AdamW's state of every parameter in order; `make`: zeros first."""
-    for parameter in learner.model.parameters():
-        state = learner.optimizer.state[parameter]
-        if make:
-            fused_on_gpu = parameter.device.type == "cuda"
-            step = torch.zeros((), dtype=torch.float32, device=parameter.device if fused_on_gpu else "cpu")
-            state.update(exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter), step=step)
-        yield from (state[name] for name in _MOMENTS)

@@ -12,7 +12,7 @@ import torch
 
 from aurora.config import TrainerConfig, UserError
 from drafters.target import TargetWeights
-from trainer.crew import Member
+from trainer.member import Member
 from trainer.parallel import use_interface
 from trainer.priority import yield_to_others
 

@@ -287,6 +287,11 @@ class TrainerLoop:
         )
         return self._learner.step(batch), batch
 
+    def _settle(self) -> None:
+        """Before the learner is looked at: it may lag behind its workers."""
+        if self.crew is not None:
+            self.crew.settle()
+
     def _follow_rollback(self) -> None:
         """When the server has rejected the newest version, go back to the one that serves."""
         latest = self._store.latest()
@@ -304,6 +309,7 @@ class TrainerLoop:
 
         Raises one of `SAVE_ERRORS` when the disk does not take it; then nothing became visible.
         """
+        self._settle()
         self._follow_rollback()
         self._gated_at, self._gated_step = self._clock(), self._learner.steps
         with self._changed:
@@ -347,6 +353,7 @@ class TrainerLoop:
     def checkpoint(self) -> None:
         """Write the trainer's state. Raises one of `SAVE_ERRORS` when the disk does not take it."""
         self._saved_at = self._clock()
+        self._settle()
         with self._changed:
             counts = self._replay.emitted_counts.clone()
         save_checkpoint(self._checkpoints, self._learner, counts)

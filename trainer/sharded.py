@@ -66,15 +66,22 @@ class ShardedLearner(Learner):
         with _lost_if_it_fails():
             return super().step(batch, place)
 
-    def gather(self, whole: Learner) -> None:
-        """Write the weights, moments and counters to `whole`; all workers must call it, each with its own or one."""
+    def gather(self, whole: Learner | None) -> None:
+        """Write weights, moments and counters to `whole`, or give them to those who do; all workers must call it.
+
+        After PeerLost `whole` is as it was.
+        """
+        found: list[tuple[Tensor, dict[str, Tensor]]] = []
         with _lost_if_it_fails(), torch.no_grad():
-            for mine, theirs in zip(self.model.parameters(), whole.model.parameters(), strict=True):
-                theirs.copy_(_full(mine))
-                state = self.optimizer.state.get(mine)
-                if state:
-                    full = {name: _full(state[name]) for name in _MOMENTS}
-                    whole.optimizer.state[theirs] = {**full, "step": _full(state["step"]).clone()}
+            for mine in self.model.parameters():
+                weight = _full(mine).clone()
+                moments = {name: _full(value).clone() for name, value in self.optimizer.state.get(mine, {}).items()}
+                found += [(weight, moments)] if whole is not None else []
+        if whole is None:
+            return
+        for theirs, (weight, moments) in zip(whole.model.parameters(), found, strict=True):
+            theirs.detach().copy_(weight)
+            whole.optimizer.state[theirs] = moments
         whole.steps, whole.tokens, whole.warm_from = self.steps, self.tokens, self.warm_from
 
 
