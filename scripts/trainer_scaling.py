@@ -86,7 +86,7 @@ def begin(workers: int, settings: TrainerConfig, target: TargetWeights, draft_vo
     learner = Learner(initialise(target, Eagle3Config.for_target(target.config, draft_vocab), 0), target, settings)
     mine = settings.model_copy(update={"workers": workers})
     crew = Crew(learner, start_helpers(mine, Path(target.name)), LOOPBACK, device, settings.worker_timeout_s)
-    if not crew.gather(START_S):
+    if not crew.wait_for_all(START_S):
         sys.exit(f"only {crew.size} of {workers} workers started within {START_S:g} s")
     return Run(crew, learner)
 

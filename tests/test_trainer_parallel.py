@@ -63,7 +63,7 @@ class Together:
     def __init__(self, learner: Learner, replay: Replay, helpers: list[LocalHelper], timeout_s: float = 60.0) -> None:
         self.learner, self.replay = learner, replay
         self.crew = Crew(learner, helpers, LOOPBACK, "cpu", timeout_s)
-        assert self.crew.gather(START_S)
+        assert self.crew.wait_for_all(START_S)
 
     def step(self) -> StepMetrics:
         windows = self.replay.sample(SETTINGS.batch_rows, random.Random(self.learner.steps))
@@ -117,7 +117,7 @@ def test_a_worker_that_is_killed_costs_no_step_and_joins_again(
         os.kill(helpers[0].submit("ready").result(START_S), signal.SIGKILL)
         assert_same(several, alone, 2)
         assert several.crew.lost == 1
-        assert several.crew.gather(START_S)
+        assert several.crew.wait_for_all(START_S)
         assert several.crew.size == 3
         assert_same(several, alone, 2)
 
@@ -135,7 +135,7 @@ def test_a_worker_that_hangs_is_left_behind_until_it_answers(
             assert several.crew.size == 1
         finally:
             os.kill(process, signal.SIGCONT)
-        assert several.crew.gather(START_S)
+        assert several.crew.wait_for_all(START_S)
         assert_same(several, alone, 2)
         assert (several.crew.size, several.crew.lost) == (2, 1)
 
@@ -187,7 +187,7 @@ def test_shards_on_two_workers_learn_what_one_learns_and_a_lost_one_takes_its_st
         os.kill(helper.submit("ready").result(START_S), signal.SIGKILL)
         assert several.step().step == 5, "step 5 was not gathered and is taken again"
         assert several.crew.lost == 1
-        assert several.crew.gather(START_S)
+        assert several.crew.wait_for_all(START_S)
         assert several.step().step == 6
         several.crew.settle()
         assert (several.learner.steps, several.crew.size, several.crew.lost) == (6, 2, 1)

@@ -98,7 +98,7 @@ def windows_of(replay: Replay, rows: int, seed: int) -> Windows:
     return replay.sample(rows, random.Random(seed))
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(
     world=st.integers(1, 5),
     rows=st.integers(1, 48),

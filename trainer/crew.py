@@ -122,7 +122,7 @@ class Crew:
             log.warning("its shards went with it: training goes back to step %d", self._learner.steps)
         self.part()
 
-    def gather(self, limit_s: float) -> bool:
+    def wait_for_all(self, limit_s: float) -> bool:
         """Wait until all helpers take part; False when they do not within `limit_s`."""
         end_s = time.monotonic() + limit_s
         while self.size <= len(self._helpers) and (left_s := end_s - time.monotonic()) > 0:
