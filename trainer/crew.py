@@ -16,7 +16,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any, Protocol
 
 from trainer.learner import Learner, StepMetrics
@@ -29,6 +29,7 @@ from trainer.shares import Windows, split
 log = logging.getLogger(__name__)
 
 _ANSWER_S = 3.0  # in which those that are left say so after one was lost; later ones join later
+_AGAIN_S = 5.0  # between two tries to reach helpers that failed
 _TRIES = 2  # of a step with others before the leader takes it alone
 _STEPS_A_COPY = 500  # after which weights are sent again: machines that differ round differently
 
@@ -56,6 +57,7 @@ class Crew:
         self._group: Group | None = None
         self._members: list[Helper] = []  # of the group, in order of rank from 1 on
         self._ready = {helper: helper.submit("ready") for helper in self._helpers}  # of those in no group
+        self._asked_s = time.monotonic()  # those that had failed
         self._process: dict[Helper, int] = {}  # as each said when it was last ready
         self._copied = (-1, -1)  # revision and step that all members have
         self.lost = 0  # times that a group broke
@@ -126,15 +128,20 @@ class Crew:
         """Wait until all helpers take part; False when they do not within `limit_s`."""
         end_s = time.monotonic() + limit_s
         while self.size <= len(self._helpers) and (left_s := end_s - time.monotonic()) > 0:
-            wait(list(self._ready.values()), left_s)
+            pending = [ready for ready in self._ready.values() if not ready.done()]
+            if pending:
+                wait(pending, left_s, FIRST_COMPLETED)
+            else:
+                time.sleep(min(left_s, _AGAIN_S))
             self._admit()
         return self.size > len(self._helpers)
 
     def _admit(self) -> None:
         """Form a larger group when helpers have become ready."""
-        for helper, ready in self._ready.items():
-            if ready.done() and ready.exception() is not None:
-                self._ready[helper] = helper.submit("ready")
+        failed = [helper for helper, ready in self._ready.items() if ready.done() and ready.exception() is not None]
+        if failed and time.monotonic() > self._asked_s + _AGAIN_S:  # what cannot start must not be started in a loop
+            self._asked_s = time.monotonic()
+            self._ready |= {helper: helper.submit("ready") for helper in failed}
         new = [helper for helper, ready in self._ready.items() if ready.done() and ready.exception() is None]
         if not new:
             return
