@@ -1,8 +1,9 @@
 """How workers share a batch: equal numbers of rollout starts, in the order of the windows; a window may be cut.
 
-A share carries the rows that its rollouts read and no more, so that what travels to a worker is as little as can be
-said without remembering what it has: on one machine it goes through shared memory. A cut window's later parts repeat
-its context rows, whose keys and values each worker then computes for itself.
+A share carries the rows that its rollouts read and no more, in every step anew: to pack and unpack them takes a
+thousandth of the step (`scripts/trainer_scaling.py` says how much), so that workers which remember what they were sent
+would save nothing. A cut window's later parts repeat its context rows, whose keys and values each worker then computes
+for itself.
 """
 
 from collections.abc import Sequence as Seq
