@@ -189,6 +189,9 @@ class TrainerConfig(_Branch):
     gate_margin: float = Field(0.0, description="acceptance length that a candidate must gain over the live drafter")
     revocab_gain: float = Field(0.005, gt=0, description="coverage that a new draft vocabulary must add to be adopted")
     checkpoint_interval_s: float = Field(60, gt=0, description="time between checkpoints of the trainer")
+    workers: int = Field(1, ge=1, description="processes that share the steps of eagle3, each with its own threads")
+    sharded: bool = Field(False, description="with several workers: a shard of weights and moments on each (FSDP2)")
+    worker_timeout_s: float = Field(60, gt=0, description="silence after which a worker counts as lost")
     threads: int = Field(1, ge=1, description="CPU threads of the trainer")
     nice: int = Field(19, ge=0, le=19, description="scheduling priority of the trainer process; 19 is the lowest")
     duty: float = Field(0.5, gt=0, le=1, description="share of wall time to compute in while requests are open")
@@ -207,6 +210,12 @@ class TrainerConfig(_Branch):
     def _something_counts(self) -> "TrainerConfig":
         if self.accepted_weight == 0 and not self.learns_rejected:
             raise ValueError("accepted_weight 0 leaves nothing to imitate: raise it, or rejected_weight")
+        return self
+
+    @model_validator(mode="after")
+    def _shards_have_places(self) -> "TrainerConfig":
+        if self.sharded and self.workers == 1:
+            raise ValueError("sharded: there is one worker only; set trainer.workers, or leave it out")
         return self
 
     @model_validator(mode="after")
@@ -292,6 +301,14 @@ class AuroraConfig(_Branch):
     @property
     def _drafts_neurally(self) -> bool:
         return self.speculation.enabled and set(self.speculation.drafters) != {"ngram"}
+
+    @model_validator(mode="after")
+    def _workers_have_work(self) -> "AuroraConfig":
+        if self.trainer.workers > 1 and "eagle3" not in self.speculation.drafters:
+            raise ValueError(
+                f"trainer.workers {self.trainer.workers}: only eagle3 is trained by several; leave it at 1"
+            )
+        return self
 
     @model_validator(mode="after")
     def _log_has_traces(self) -> "AuroraConfig":

@@ -72,9 +72,17 @@ class Deployment:
     def _make_trainer(self, placement: Any) -> Any:
         from trainer.actor import make_trainer_actor
 
-        name, reporter = self._trainer_name, self._reporter_name
+        role, server = _role("train"), self.config.server  # nodes with a role are the trainers' own
+        servers = self.config.cluster.replicas
+        taken = {} if role else {"CPU": servers * (server.num_cpus or 1.0), "GPU": servers * server.num_gpus}
         return make_trainer_actor(
-            self.config, self._model_dir, name, reporter, resources=_role("train"), placement=placement
+            self.config,
+            self._model_dir,
+            self._trainer_name,
+            self._reporter_name,
+            resources=role,
+            placement=placement,
+            taken=taken,
         )
 
     def close(self) -> None:
@@ -109,7 +117,7 @@ def ray_logs() -> str:
 def cpus_wanted(config: AuroraConfig) -> int:
     """Ray CPUs that all actors take together."""
     servers = config.cluster.replicas * (config.server.num_cpus or 1)
-    return -int(-(servers + (config.trainer.threads if config.learning else 0)) // 1)
+    return -int(-(servers + (config.trainer.threads * config.trainer.workers if config.learning else 0)) // 1)
 
 
 def _engine_environment(config: AuroraConfig, number: int) -> dict[str, str]:

@@ -10,6 +10,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -118,8 +119,10 @@ def _trial(options: TrainOptions, source: "Log | Recorded") -> _Trial:
     with (
         tempfile.TemporaryDirectory(prefix="aurora-train-") as scratch,
         Progress(*columns, console=Console(stderr=True)) as progress,
+        ExitStack() as until_done,
     ):
         loop = _trainer(options, options.model or source.model, Path(scratch))
+        until_done.callback(loop.close)
         _read(loop, source, progress)
         _train(loop, options.steps, progress)
         published = loop.publish()
@@ -183,12 +186,14 @@ def _trainer(options: TrainOptions, model: str, run_dir: Path) -> "TrainerLoop":
     import torch
 
     from aurora.default_model import model_directory, resolve_model
+    from trainer.local_helpers import start_helpers
     from trainer.loop import TrainerLoop
 
     torch.set_num_threads(config.trainer.threads)
+    device = "cuda" if config.trainer.num_gpus > 0 else "cpu"
+    target_dir = model_directory(resolve_model(config.model, config.cache_dir))
     try:
-        device = "cuda" if config.trainer.num_gpus > 0 else "cpu"
-        return TrainerLoop(config, model_directory(resolve_model(config.model, config.cache_dir)), device=device)
+        return TrainerLoop(config, target_dir, device=device, helpers=start_helpers(config.trainer, target_dir))
     except DrafterRefused as error:
         raise UserError(f"--drafter {options.drafter}: {error}") from error
 

@@ -3,12 +3,14 @@ import os
 import signal
 from collections.abc import Iterator
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
-from aurora.config import AuroraConfig
+from aurora.config import AuroraConfig, UserError
 from aurora.store import DrafterStore
 from aurora.store_mirror import StoreMirror
 from aurora.store_source import learning_placement, make_store_source
@@ -134,3 +136,37 @@ def test_published_drafters_can_be_had_whoever_dies(cluster: None, tmp_path: Pat
     mirror.store.reject(1, "drafts worse")
     wait_until(lambda: asyncio.run(mirror.step()).fetched == 2, 60, "version 2 did not come from the restarted actor")
     assert DrafterStore(config.store_dir).rejection(1) == "drafts worse"
+    ray.kill(source)
+
+
+def test_two_workers_train_and_the_death_of_one_stops_nothing(
+    cluster: None, directory: Path, traffic: list[DraftTrace], tmp_path: Path
+) -> None:
+    from trainer.actor import make_trainer_actor
+
+    config = tiny_config(tmp_path, workers=2, nice=0, publish_interval_s=1000.0, checkpoint_interval_s=1000.0)
+    crowd = config.model_copy(update={"trainer": config.trainer.model_copy(update={"workers": 9})})
+    with pytest.raises(UserError, match=r"trainer.workers 9: each takes 1 CPU .* give at most 2"):
+        make_trainer_actor(crowd, directory)
+    actor, visits = make_trainer_actor(config, directory), count()
+
+    def after(status: dict[str, Any], workers: int, steps: int) -> dict[str, Any]:
+        """A later status with so many workers and steps more; fresh traffic comes meanwhile."""
+
+        def there(now: dict[str, Any]) -> bool:
+            visit = next(visits)
+            fresh = [msgspec.structs.replace(t, request_id=f"{visit} {t.request_id}") for t in traffic]
+            ray.get(actor.ingest.remote(encode_traces(fresh)))
+            return now["step"] >= status["step"] + steps and len(now["worker_pids"]) == workers
+
+        return wait_for(actor, there)
+
+    both = after({"step": 0}, workers=2, steps=5)
+    leader, helper = both["worker_pids"]
+    assert leader == both["pid"] != helper
+    os.kill(helper, signal.SIGKILL)
+    again = after(wait_for(actor, lambda s: helper not in s["worker_pids"]), workers=2, steps=5)
+    assert again["pid"] == leader
+    assert again["worker_pids"][1] != helper
+    ray.get(actor.stop.remote())
+    ray.kill(actor)

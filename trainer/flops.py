@@ -21,7 +21,7 @@ class Speed:
 
     seconds: float = 0.0
     tokens: int = 0  # rollout starts
-    flops: int = 0
+    flops: int = 0  # of one worker
 
     def __add__(self, other: "Speed") -> "Speed":
         return Speed(self.seconds + other.seconds, self.tokens + other.tokens, self.flops + other.flops)

@@ -6,10 +6,11 @@ train on it waits for a payload. `ingest` never waits for a unit: traces go to a
 """
 
 import logging
+import os
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -23,12 +24,14 @@ from drafters.vocab import rechoose
 from trainer.budget import Budget, Load
 from trainer.buffer import Replay, staleness
 from trainer.checkpoint import SAVE_ERRORS, CheckpointRefused, load_checkpoint, save_checkpoint
+from trainer.crew import Crew, Helper
 from trainer.draft_model import DraftModelTraining
 from trainer.flops import Speed, measure_peak, step_flops
 from trainer.gate import Verdict, judge
 from trainer.learner import Learner, StepMetrics, uses_bf16
-from trainer.rollout import build_batch
+from trainer.rollout import Batch, build_batch
 from trainer.samples import DraftSamples, text_decoder
+from trainer.shares import Windows
 from trainer.sinks import Sinks
 
 log = logging.getLogger(__name__)
@@ -49,9 +52,12 @@ class TrainerLoop:
         device: str = "cpu",
         *,
         model_sinks: Sinks | None = None,
+        helpers: Sequence[Helper] = (),
+        address: str = "127.0.0.1",
     ) -> None:
         """Resume from the checkpoint in `config.run_dir`, else from the newest version, else from the target.
 
+        helpers: workers to share the neural drafter's steps with; they meet at `address`, which is this machine's.
         Raises DrafterRefused or ValueError when what is there does not belong to the target.
         """
         self.config = config
@@ -74,6 +80,7 @@ class TrainerLoop:
         if config.reporter.draft_tables:
             self._samples = DraftSamples(text_decoder(target_dir), self._settings.seed)
         self._resume()
+        self.crew = Crew(self._learner, helpers, address, device, self._settings.worker_timeout_s) if helpers else None
         self._peak = measure_peak(uses_bf16(self._settings.precision, device), device)  # operations per second
         self._speed = Speed()
         self._budget = Budget(self._settings, clock())
@@ -151,6 +158,12 @@ class TrainerLoop:
                 self._budget.end(self._clock())
             self._rest()
         self._write(self.checkpoint)
+        self.close()
+
+    def close(self) -> None:
+        """End the other workers."""
+        if self.crew is not None:
+            self.crew.close()
 
     def _write(self, save: Callable[[], object]) -> None:
         try:
@@ -253,15 +266,8 @@ class TrainerLoop:
             stats, composition = self._replay.stats(), self._replay.composition()
             newest = max(self.version, self._replay.newest_version)  # a log may hold drafts of later versions
         started_s = time.perf_counter()
-        batch = build_batch(
-            windows,
-            self._settings.ttt_steps,
-            oldest_version=newest - self._settings.max_staleness,
-            rejected=self._settings.learns_rejected,
-            device=self._device,
-        )
-        metrics = self._learner.step(batch)
-        speed = Speed(time.perf_counter() - started_s, batch.rows, step_flops(self.live.config, batch))
+        metrics, batch = self._step(windows, newest - self._settings.max_staleness)
+        speed = Speed(time.perf_counter() - started_s, metrics.rows, step_flops(self.live.config, batch))
         with self._changed:
             for (sequence, _), missed in zip(windows, self._learner.missed, strict=True):
                 self._replay.learned(sequence, missed)
@@ -274,6 +280,24 @@ class TrainerLoop:
         told["staleness"] = staleness((sequence for sequence, _ in windows), newest)
         self._sinks.learning(told | computed | speed.per_s(self._peak), metrics.step)
         return metrics
+
+    def _step(self, windows: Windows, oldest_version: int) -> tuple[StepMetrics, Batch]:
+        """An optimiser step, with what this process computed of its batch."""
+        if self.crew is not None:
+            return self.crew.step(windows, oldest_version)
+        batch = build_batch(
+            windows,
+            self._settings.ttt_steps,
+            oldest_version=oldest_version,
+            rejected=self._settings.learns_rejected,
+            device=self._device,
+        )
+        return self._learner.step(batch), batch
+
+    def _settle(self) -> None:
+        """Before the learner is looked at: it may lag behind its workers."""
+        if self.crew is not None:
+            self.crew.settle()
 
     def _follow_rollback(self) -> None:
         """When the server has rejected the newest version, go back to the one that serves."""
@@ -292,6 +316,7 @@ class TrainerLoop:
 
         Raises one of `SAVE_ERRORS` when the disk does not take it; then nothing became visible.
         """
+        self._settle()
         self._follow_rollback()
         self._gated_at, self._gated_step = self._clock(), self._learner.steps
         self._tell_drafts()
@@ -344,6 +369,7 @@ class TrainerLoop:
     def checkpoint(self) -> None:
         """Write the trainer's state. Raises one of `SAVE_ERRORS` when the disk does not take it."""
         self._saved_at = self._clock()
+        self._settle()
         with self._changed:
             counts = self._replay.emitted_counts.clone()
         save_checkpoint(self._checkpoints, self._learner, counts)
@@ -365,6 +391,7 @@ class TrainerLoop:
         return {
             "version": self.version,
             "step": self._learner.steps,
+            "worker_pids": self.crew.processes if self.crew is not None else [os.getpid()],
             "tokens_trained": self._learner.tokens,
             "loss": step.loss if step else None,
             "train_acceptance_length": step.acceptance_length if step else None,

@@ -37,9 +37,19 @@ _LEAST_Q = 1e-6  # of a drafted token: rounding must not make its ratio infinite
 class Policy:
     """The policy's part of one optimiser step."""
 
-    loss: Tensor  # scalar: surrogate and anchor, mean over the actions
+    total: Tensor  # scalar: surrogate and anchor, summed over the actions
     actions: int
-    clipped: float  # share of the actions whose ratio is outside of 1 - clip .. 1 + clip
+    outside: Tensor  # scalar: actions whose ratio is outside of 1 - clip .. 1 + clip
+
+    @property
+    def loss(self) -> Tensor:
+        """Mean over the actions."""
+        return self.total / self.actions
+
+    @property
+    def clipped(self) -> float:
+        """Share of the actions whose ratio is outside of the clip."""
+        return self.outside.item() / self.actions
 
 
 def share_at(config: RLConfig, step: int) -> float:
@@ -95,7 +105,7 @@ def policy_gradient(
     if len(loss) == 0:
         return None
     outside = (torch.cat(ratios) - 1.0).abs() > config.clip
-    return Policy(loss.mean(), len(loss), outside.float().mean().item())
+    return Policy(loss.sum(), len(loss), outside.sum())
 
 
 def _longest(counts: Tensor) -> int:

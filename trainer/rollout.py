@@ -113,13 +113,16 @@ def build_batch(
     oldest_version: int | None = None,
     rejected: bool = True,
     device: str = "cpu",
+    max_context: int | None = None,
 ) -> Batch:
     """Pack rollouts of `depths` depths from the given start rows (ascending) of each sequence.
 
     Drafts older than `oldest_version` do not count, and none does when it is None; `rejected`: add their rejected
-    paths. Drafts of the n-gram table have such paths but are no actions.
+    paths. Drafts of the n-gram table have such paths but are no actions. Drafting attends to `max_context` rows before
+    the first start of a sequence, by default MAX_CONTEXT.
     """
-    parts = [_main_part(sequence, starts, depths) for sequence, starts in windows if len(starts)]
+    reach = MAX_CONTEXT if max_context is None else max_context
+    parts = [_main_part(sequence, starts, depths, reach) for sequence, starts in windows if len(starts)]
     if oldest_version is not None:
         for part in parts:
             _add_drafts(part, oldest_version, rejected)
@@ -143,8 +146,8 @@ def build_batch(
     return Batch(_context(parts, row_bounds, device), nodes, labels, actions, hidden)
 
 
-def _main_part(sequence: Sequence, starts: Seq[int], depths: int) -> _Part:
-    first = max(0, starts[0] - MAX_CONTEXT)
+def _main_part(sequence: Sequence, starts: Seq[int], depths: int, max_context: int) -> _Part:
+    first = max(0, starts[0] - max_context)
     end_target = min(starts[-1] + 1 + depths, len(sequence.hidden))
     levels = [_Depth() for _ in range(depths)]
     judges = starts[0] + 1
