@@ -121,12 +121,14 @@ def cpus_wanted(config: AuroraConfig) -> int:
 
 
 def _engine_environment(config: AuroraConfig, number: int) -> dict[str, str]:
-    """Replicas on this machine share its cores out; on another machine vLLM binds its threads itself."""
-    environment = engine_environment()
-    bind = "VLLM_CPU_OMP_THREADS_BIND"
-    if config.cluster.replicas > 1 and config.cluster.address is None:
+    """Replicas on this machine share its cores out. On another machine, which may have a GPU where this one has none,
+    vLLM binds its threads itself and takes the runner that Aurora's seams are in."""
+    if config.cluster.address is not None:
+        environment = engine_environment() | {"VLLM_USE_V2_MODEL_RUNNER": "0"}
+        return {name: value for name, value in environment.items() if name != "VLLM_CPU_OMP_THREADS_BIND"}
+    if config.cluster.replicas > 1:
         return engine_environment(cores=_share(sorted(os.sched_getaffinity(0)), number, config.cluster.replicas))
-    return environment if config.cluster.address is None else {k: v for k, v in environment.items() if k != bind}
+    return engine_environment()
 
 
 def _share(cores: Sequence[int], number: int, among: int) -> Sequence[int]:

@@ -230,3 +230,16 @@ def test_roles_are_waited_for_as_long_as_was_said() -> None:
     before = time[0]
     await_roles(["nobody"], resources, 0, lambda: time[0], pause)
     assert time[0] == before
+
+
+def test_a_head_without_a_gpu_says_nothing_of_the_engines_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    from aurora import deployment, environment
+    from aurora.config import load_config
+
+    monkeypatch.setattr(environment, "has_gpu", lambda: False)
+    monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
+    here = deployment._engine_environment(load_config(None, {}), 0)
+    there = deployment._engine_environment(load_config(None, {"cluster.address": "auto"}), 0)
+    assert "VLLM_CPU_OMP_THREADS_BIND" in here
+    assert "VLLM_CPU_OMP_THREADS_BIND" not in there
+    assert there["VLLM_USE_V2_MODEL_RUNNER"] == "0"
