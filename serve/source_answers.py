@@ -6,7 +6,7 @@ tokens, or in the whole answer: one of `aurora.trace.SOURCES` and one piece of t
 """
 
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ _EVENT_END = b"\n\n"
 _DATA = b"data: "
 
 TextOf = Callable[[int], str]  # what one more token adds to a text
-NewText = Callable[[], Awaitable[TextOf]]
+NewText = Callable[[], TextOf]
 
 
 class SourceAnswers:
@@ -54,7 +54,7 @@ class SourceAnswers:
         name = self._book.open()
         try:
             body = _marked(request, name)
-            answer = _Answer(send, self._book, name, await self._new_text())
+            answer = _Answer(send, self._book, name, self._new_text())
             await self._app(sized(scope, len(body)), Replay(body, None, receive), answer)
         finally:
             self._book.close(name)
@@ -64,21 +64,21 @@ def install(app: "Starlette", book: SourceBook, client: Any) -> None:
     """Add it to an application that does not serve yet, inside of `request_options`; client: vLLM's engine client."""
     from starlette.middleware import Middleware
 
-    async def new_text() -> TextOf:
-        return text_of(await client.get_tokenizer())
-
     book.listen(client.output_processor)
-    app.user_middleware.append(Middleware(SourceAnswers, book=book, new_text=new_text))
+    app.user_middleware.append(Middleware(SourceAnswers, book=book, new_text=lambda: text_of(client.tokenizer)))
     app.middleware_stack = None
 
 
 def text_of(tokenizer: Any) -> TextOf:
-    """Texts of a sequence's tokens, told one after another; a character of several tokens comes with its last one."""
+    """Texts of a sequence's tokens, told one after another; a character of several tokens comes with its last one.
+
+    Without a tokenizer (`--skip-tokenizer-init`) all are "".
+    """
     from tokenizers.decoders import DecodeStream
 
     fast = getattr(tokenizer, "_tokenizer", None)
     if fast is None:
-        return lambda token: str(tokenizer.decode([token]))
+        return lambda token: str(tokenizer.decode([token])) if tokenizer is not None else ""
     stream = DecodeStream(skip_special_tokens=True)
 
     def text(token: int) -> str:

@@ -64,11 +64,9 @@ class Model:
         app.get("/v1/models")(self._models)
         app.post("/v1/chat/completions")(self._chat)
 
-        async def get_tokenizer() -> Any:
-            return SimpleNamespace(decode=lambda ids: WORDS[ids[0]])
-
+        tokenizer = SimpleNamespace(decode=lambda ids: WORDS[ids[0]])
         processor = SimpleNamespace(process_outputs=lambda outputs: None)
-        client = SimpleNamespace(get_tokenizer=get_tokenizer, output_processor=processor)
+        client = SimpleNamespace(tokenizer=tokenizer, output_processor=processor)
         source_answers.install(app, self._book, client)
 
     async def _models(self) -> dict[str, Any]:

@@ -43,10 +43,12 @@ def test_the_scheduler_has_the_overridden_methods() -> None:
 
 def test_what_comes_from_the_engine_can_carry_notes_and_be_seen() -> None:
     from vllm.v1.engine import EngineCoreOutput
+    from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.output_processor import OutputProcessor
 
     assert {"request_id", "new_token_ids", "kv_transfer_params"} <= set(EngineCoreOutput.__struct_fields__)
     assert not EngineCoreOutput.__struct_config__.frozen, "serve/token_sources.py puts notes on it"
+    assert isinstance(AsyncLLM.tokenizer, property), "serve/source_answers.py reads it"
     found = list(inspect.signature(OutputProcessor.process_outputs).parameters)
     assert found[:2] == ["self", "engine_core_outputs"], "serve/token_sources.py takes them off"
 

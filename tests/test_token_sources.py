@@ -121,11 +121,7 @@ class App:
         request_options.install(self.app)
         self.book = SourceBook(speculates=True)
         tokenizer = SimpleNamespace(decode=lambda ids: f"<{ids[0]}>")
-
-        async def get_tokenizer():
-            return tokenizer
-
-        client = SimpleNamespace(output_processor=self.processor, get_tokenizer=get_tokenizer)
+        client = SimpleNamespace(output_processor=self.processor, tokenizer=tokenizer)
         install(self.app, self.book, client)
         self.url = ""
         self.body: dict = {}
