@@ -14,6 +14,7 @@ from playwright.sync_api import Page, sync_playwright
 
 SIZES = {"wide": {"width": 1440, "height": 900}, "narrow": {"width": 360, "height": 740}}
 LONGEST_MS = 300_000
+_REDRAW_MS = 500
 
 
 def main() -> None:
@@ -33,6 +34,7 @@ def main() -> None:
             for name, size in SIZES.items():
                 page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
                 page.set_viewport_size(size)  # type: ignore[arg-type]
+                page.wait_for_timeout(_REDRAW_MS)
                 page.screenshot(path=args.directory / f"page-{scheme}-{name}.png", full_page=True)
 
 

@@ -184,6 +184,14 @@ def test_it_fits_and_is_readable(tab: Any, size: dict[str, int], scheme: str) ->
     assert tab.evaluate(_LEAST_CONTRAST) >= 4.5, "WCAG AA"
 
 
+def test_charts_follow_the_size_of_the_window(tab: Any) -> None:
+    _sign_in(tab)
+    for size in (NARROW, WIDE):
+        tab.set_viewport_size(size)
+        tab.wait_for_function("""() => [...document.querySelectorAll("main svg")].every(
+            (chart) => chart.viewBox.baseVal.width === chart.parentElement.clientWidth)""")
+
+
 def test_the_keyboard_reaches_everything(tab: Any) -> None:
     _sign_in(tab)
     tab.reload()

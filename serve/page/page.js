@@ -17,6 +17,8 @@ let points = [];
 /** @type {ReturnType<typeof setTimeout> | undefined} */
 let next;
 let shown = "";
+/** @type {Data | null} */
+let latest = null;
 
 async function poll() {
   clearTimeout(next);
@@ -25,7 +27,8 @@ async function poll() {
     /** @type {Data} */
     const data = await (await ask(`aurora/data?since=${last}`)).json();
     points = [...points, ...data.points].filter((point) => point.time_s > data.now_s - HOUR_S);
-    show({ ...data, points });
+    latest = { ...data, points };
+    show(latest);
     status("live", "live");
   } catch (error) {
     if (error instanceof KeyWanted) {
@@ -74,5 +77,6 @@ byId("key-form").addEventListener("submit", (/** @type {Event} */ event) => {
   poll();
 });
 
+addEventListener("resize", () => requestAnimationFrame(() => latest && show(latest)));
 startPlayground(wantKey);
 poll();
