@@ -53,7 +53,7 @@ class Until(NamedTuple):
 class State(NamedTuple):
     """Everything that a step changes, so that a simulation can be cut into pieces.
 
-    Of several replicas (`aurora.fleet`) all arrays but those of [n] have one more axis before the others.
+    Of several replicas (`aurora.simulated_fleet`) all arrays but those of [n] have one more axis before the others.
     """
 
     clock: Floats  # [4] seconds: now, and spent in steps; tokens still expected: of those never admitted, of all

@@ -1,6 +1,6 @@
 """`aurora plan`: replicas and machines that keep a promise for a trace, the longest draft and the trainer's share.
 
-A router sends the requests to the replicas (`aurora.fleet`), which serve them in simulated time by the goodput rule
+A router sends the requests to the replicas (`aurora.simulated_fleet`), which serve them in simulated time by the goodput rule
 (`aurora.simulate`). A machine is what a step costs on it and its price. The trainer sits beside the first replica and
 slows it down.
 """
@@ -21,10 +21,10 @@ from aurora import batching, speculation_rules
 from aurora.acceptance_profile import AcceptanceProfile, read_profile
 from aurora.arrivals import ArrivalTrace
 from aurora.config import UserError, require_positive
-from aurora.fleet import Known, simulate_fleet
 from aurora.replica_states import same_rules
 from aurora.routing import POLICIES
 from aurora.simulate import TraceOptions, check_room, draw_load, known_costs, new_rule
+from aurora.simulated_fleet import Known, simulate_fleet
 from aurora.step_costs import read_costs
 from aurora.step_time import StepTimeModel
 

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from aurora import batching
 from aurora.batching import Engine, Load, advance, new_state
-from aurora.fleet import Known, simulate_fleet
 from aurora.replica_states import same_rules
 from aurora.routing import POLICIES
+from aurora.simulated_fleet import Known, simulate_fleet
 from aurora.speculation_rules import FIXED, GOODPUT, Rule, new_memory
 
 COSTS = [0.05, 0.002, 0.003, 0.0004, 0.001, 0.006, 0.0001, 0.005]
