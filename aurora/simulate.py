@@ -2,8 +2,8 @@
 
 Steps take what a live engine's costs say (`aurora bench --json`), drafts are accepted as they were along recorded
 answers (`aurora replay --profile`), and batching is vLLM's (`aurora.batching`). Each request of the trace gets a
-recorded answer by lot, the same for every rule. With several replicas (`aurora.simulated_fleet`) each batches by itself, and a
-router sends every request to one of them when it comes.
+recorded answer by lot, the same for every rule. With several replicas (`aurora.simulated_fleet`) each batches by itself, and
+a router sends every request to one of them when it comes.
 """
 
 import dataclasses
