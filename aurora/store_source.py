@@ -46,7 +46,7 @@ def learning_placement(role: str) -> Any:
 
 
 def make_store_source(config: AuroraConfig, name: str, placement: Any) -> Any:
-    """Create the actor; Ray restarts it without limit."""
+    """Create the actor; Ray restarts it without limit, and ends it when nobody holds what this returns."""
     import ray
 
     actor = ray.remote(StoreSource).options(

@@ -84,7 +84,7 @@ def _measure(options: argparse.Namespace, root: Path, cluster: Cluster) -> None:
     config = AuroraConfig(run_dir=root / "trainer")
     store = DrafterStore(config.store_dir)
     here = ray.get_runtime_context().get_node_id()
-    make_store_source(config, "source", NodeAffinitySchedulingStrategy(here, soft=False))
+    source = make_store_source(config, "source", NodeAffinitySchedulingStrategy(here, soft=False))
     away = NodeAffinitySchedulingStrategy(there.node_id, soft=False)
     client: Any = (
         ray.remote(Client).options(scheduling_strategy=away).remote(str(root / "server"), "source", options.chunk)
@@ -122,6 +122,7 @@ def _measure(options: argparse.Namespace, root: Path, cluster: Cluster) -> None:
     for name in ("whole-0", "broken"):
         assert ray.get(client.shown.remote(name)) == {1: version.digests}, name
     print("both are byte for byte what was published")
+    ray.kill(source)
 
 
 def _timed(act: Callable[[], object]) -> float:
@@ -137,7 +138,8 @@ def _synced_copy(source: Path, target: Path) -> None:
 
 
 def _start() -> Cluster:
-    """A cluster of one node; Ray gives its processes half a minute, which a busy machine does not have at once."""
+    """A cluster of one node. On a busy machine Ray's processes may be later than it waits for them."""
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")
     for left in reversed(range(_STARTS)):
         try:
             return Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
