@@ -462,4 +462,4 @@ class Mirroring(RuleBasedStateMachine):
 
 
 TestMirroring = Mirroring.TestCase
-TestMirroring.settings = settings(max_examples=12, stateful_step_count=20, deadline=None)
+TestMirroring.settings = settings(max_examples=20, stateful_step_count=20, deadline=None)
