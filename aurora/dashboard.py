@@ -44,6 +44,7 @@ class Reporter:
     def __init__(self, config: AuroraConfig, sink: Sink | None = None) -> None:
         """Opens the sink that is configured unless `sink` is given. Raises UserError if it cannot be used."""
         self.dropped = 0  # rows that the sink did not take
+        self._failed = False  # whether it ever did not take something
         self._told = 0  # of them
         self._in_a_row = 0  # of them, until now
         self._reopens = sink is None and config.reporter.sink == "wandb"
@@ -104,28 +105,31 @@ class Reporter:
         """Close the sink and wait until its file is whole; call it last, it ends W&B in this process."""
         if self._heard:
             self._log_serving(_of_all(self._heard), time.time())
-        self._try(self._sink.finish)
+        if not self._try(self._sink.finish):
+            self.dropped += 1
 
     def _log(self, group: str, at: float, row: Mapping[str, Any]) -> None:
         values = {f"{group}/{name}": value for name, value in row.items()}
         if self._try(partial(self._sink.log, AXES[group], at, values)):
             self._in_a_row = 0
             return
+        self.dropped += 1
         self._in_a_row += 1
         if self._reopens and self._in_a_row >= _BROKEN and time.monotonic() - self._began_s >= _REOPEN_S:
             log.error("the W&B run is broken; the reporter starts anew with another")
             os._exit(1)  # W&B keeps its broken connection for as long as the process lives; Ray starts another
 
     def _try(self, write: Callable[[], object]) -> bool:
+        """Whether the sink took it. The first time that it does not is logged."""
         try:
             write()
         except Exception as error:  # noqa: BLE001 - W&B documents no set of errors, and none of them may end the actor
-            self.dropped += 1
-            if self.dropped == 1:
+            if not self._failed:
                 name = type(error).__name__
                 log.warning(
                     "the reporter's sink does not take rows (%s: %s); they are dropped and counted", name, error
                 )
+            self._failed = True
             return False
         return True
 

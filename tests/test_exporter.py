@@ -35,6 +35,7 @@ def registry():
 def test_every_metric_is_there_once_it_has_a_value(registry):
     exporter = PrometheusExporter(registry)
     exporter.update(REPORT)
+    exporter.inc("aurora_responses_total", {"code": 200})
     exporter.set("aurora_alarm", 0, kind="x")
     for what in ("bytes_total", "failures_total"):
         exporter.inc(f"aurora_store_mirror_{what}", {"kind": "eagle3"})
