@@ -18,10 +18,10 @@ import yaml
 from aurora.config import DEFAULT_MODEL, cache_root
 from aurora.default_model import export_default_model
 from aurora.local_server import LocalServer
-from tests.clients.exercises import EXERCISES
+from tests.clients.exercises import EXERCISES, WITH_TOOLS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-FLAGS = ("--wandb=disabled", "--set=trainer.duty=0.2")
+FLAGS = ("--wandb=disabled", "--set=trainer.duty=0.2", "--enable-auto-tool-choice", "--tool-call-parser=hermes")
 BENCH = {"requests": 12, "tokens": 32}
 CAPITALS = {
     "France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Germany": "Berlin", "Japan": "Tokyo", "China": "Beijing",
@@ -74,7 +74,7 @@ def started(run_dir: Path, *flags: str) -> LocalServer:
 
 def exercised(url: str) -> Iterator[Row]:
     """What the tests do with each client, here with the default model."""
-    for package, exercises in EXERCISES.items():
+    for package, exercises in (*EXERCISES.items(), *WITH_TOOLS.items()):
         for exercise in exercises:
             what = " ".join((exercise.__doc__ or "").split())
             try:
