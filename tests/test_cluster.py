@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aurora.cluster_file import check, load
@@ -147,6 +147,7 @@ def paths(tree: Any, path: tuple[str | int, ...] = ()) -> list[tuple[str | int, 
     return [found for key, value in items for found in ((*path, key), *paths(value, (*path, key)))]
 
 
+@settings(max_examples=40)
 @given(st.data())
 def test_whatever_is_changed_the_file_is_taken_or_refused_as_the_users(data: st.DataObject) -> None:
     tree = tree_of(data.draw(st.sampled_from([CLOUD, ON_PREMISE])))

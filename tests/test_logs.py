@@ -86,5 +86,5 @@ def test_those_of_a_cluster_come_from_its_head(follow: bool, tail: str, monkeypa
     commands: list[list[str]] = []
     file = Path("ray_cluster.yaml")
     assert run(LogsOptions(file=file, follow=follow, lines=7), lambda command: commands.append([*command]) or 0) == 0
-    assert commands[0][1:] == ["exec", "ray_cluster.yaml", f'{tail}--lines=7 "$HOME"/shared/runs/aurora/serve.log']
+    assert commands[0][1:] == ["exec", "ray_cluster.yaml", f'{tail}"$HOME"/shared/runs/aurora/serve.log']
     assert run(LogsOptions(file=file), lambda command: 1) == 1
