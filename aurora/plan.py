@@ -1,8 +1,8 @@
 """`aurora plan`: replicas and machines that keep a promise for a trace, the longest draft and the trainer's share.
 
 A router sends the requests to the replicas (`aurora.simulated_fleet`), which serve them in simulated time by the
-goodput rule (`aurora.simulate`). A machine is what a step costs on it and its price. The trainer sits beside the first replica and
-slows it down.
+goodput rule (`aurora.simulate`). A machine is what a step costs on it and its price. The trainer sits beside the
+first replica and slows it down.
 """
 
 import dataclasses

@@ -2,8 +2,8 @@
 
 Steps take what a live engine's costs say (`aurora bench --json`), drafts are accepted as they were along recorded
 answers (`aurora replay --profile`), and batching is vLLM's (`aurora.batching`). Each request of the trace gets a
-recorded answer by lot, the same for every rule. With several replicas (`aurora.simulated_fleet`) each batches by itself, and
-a router sends every request to one of them when it comes.
+recorded answer by lot, the same for every rule. With several replicas (`aurora.simulated_fleet`) each batches by
+itself, and a router sends every request to one of them when it comes.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from aurora import batching, fleet, replica_states, speculation_rules
+from aurora import batching, replica_states, simulated_fleet, speculation_rules
 from aurora.acceptance_profile import AcceptanceProfile, read_profile
 from aurora.arrivals import NAMES, OPTIONAL, ArrivalTrace, read_arrivals
 from aurora.config import UserError, require_positive, require_writable
@@ -120,7 +120,7 @@ def run(options: SimulateOptions) -> int:
     if options.results is not None:
         read_rows(options.results)  # one that is none must be known before the work
     trace = options.read_trace()
-    load, known = draw_load(trace, profile, options.seed), fleet.Known.of(trace, options.prefix_cache)
+    load, known = draw_load(trace, profile, options.seed), simulated_fleet.Known.of(trace, options.prefix_cache)
     check_room(load, options.kv_tokens)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     found = []
@@ -139,14 +139,14 @@ def run(options: SimulateOptions) -> int:
 
 
 def _served(
-    load: batching.Load, known: fleet.Known, rule: speculation_rules.Rule, options: SimulateOptions
+    load: batching.Load, known: simulated_fleet.Known, rule: speculation_rules.Rule, options: SimulateOptions
 ) -> Iterator[batching.State]:
     """The load served as the options say."""
     if options.replicas == 1 and (options.at_once or not known.blocks):
         yield from simulate(load, options.engine, rule)  # whoever routes
         return
     each = replica_states.same_rules(rule, [rule.costs] * options.replicas)
-    for state in fleet.simulate_fleet(load, options.engine, each, POLICIES[options.router](), known):
+    for state in simulated_fleet.simulate_fleet(load, options.engine, each, POLICIES[options.router](), known):
         yield replica_states.together(state)
 
 

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from aurora import batching, fleet, speculation_rules
+from aurora import batching, simulated_fleet, speculation_rules
 from aurora.acceptance_profile import AcceptanceProfile, read_profile
 from aurora.arrivals import SESSION_TOKENS, ArrivalTrace, read_arrivals
 from aurora.config import UserError
@@ -56,13 +56,13 @@ def sweep(
     for replicas in REPLICAS:
         for share in loads:
             arrivals = trace.faster(replicas * share * most / rate(trace))
-            load, known = draw_load(arrivals, drafts, options.seed), fleet.Known.of(arrivals)
+            load, known = draw_load(arrivals, drafts, options.seed), simulated_fleet.Known.of(arrivals)
             found, busiest = {}, {}
             for router in POLICIES if replicas > 1 else ("round_robin",):
                 nothing = np.zeros(options.max_seqs + 1, np.int64)
                 rule = new_rule(speculation_rules.GOODPUT, drafts, machine.costs, nothing, options.exploration)
                 each = same_rules(rule, [rule.costs * slow, *[rule.costs] * (replicas - 1)])
-                *_, state = fleet.simulate_fleet(load, options.engine, each, POLICIES[router](), known)
+                *_, state = simulated_fleet.simulate_fleet(load, options.engine, each, POLICIES[router](), known)
                 busiest[router] = float(state.counts[:, batching.GIVEN].max() * replicas / len(arrivals))
                 found[router] = summarise(router, load, together(state))
             for router in POLICIES:  # one replica gets everything whoever routes
