@@ -5,8 +5,8 @@ import sys
 
 import msgspec
 import pytest
-
 import wandb
+
 from aurora.config import AuroraConfig, UserError
 from aurora.dashboard import Reporter, check, public_config
 from aurora.metrics import EngineReport

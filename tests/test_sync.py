@@ -48,7 +48,13 @@ def test_an_offline_run_is_synced_without_loss(tmp_path, monkeypatch):
         environment = {"WANDB_BASE_URL": url, "WANDB_API_KEY": "a" * 40, "WANDB_CACHE_DIR": str(tmp_path / "cache")}
         command = [sys.executable, "-m", "wandb", "sync", str(file.parent)]
         done = subprocess.run(
-            command, env=os.environ | environment, capture_output=True, text=True, timeout=300, check=False
+            command,
+            env=os.environ | environment,
+            cwd=tmp_path,  # it leaves a directory there, by whose name ruff would take wandb for ours
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
         )
     assert done.returncode == 0, done.stderr
     assert received.unknown == []
