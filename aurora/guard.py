@@ -21,9 +21,17 @@ _MEMORY = 1000  # drafts of a version that are remembered
 
 def clearly_worse(old: Proportion, new: Proportion) -> bool:
     """Whether a drafter with the first tokens `new` has to give way to one with `old`."""
-    missing = _KEEP * old.rate - new.rate
-    enough = min(old.trials, new.trials) >= _LEAST
-    return enough and missing >= _SIGMAS * math.sqrt(_KEEP**2 * old.variance + new.variance)
+    return enough(old, new) and shortfall(old, new) >= _SIGMAS
+
+
+def enough(old: Proportion, new: Proportion) -> bool:
+    """Whether there are drafts enough of both to say anything."""
+    return min(old.trials, new.trials) >= _LEAST
+
+
+def shortfall(old: Proportion, new: Proportion) -> float:
+    """Standard errors by which `new` lies below what it may not fall below; negative above it."""
+    return (_KEEP * old.rate - new.rate) / math.sqrt(_KEEP**2 * old.variance + new.variance)
 
 
 @dataclass

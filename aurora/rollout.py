@@ -2,16 +2,16 @@
 
 The canary drafts with the version on trial while all others go on with the one approved before, on the same traffic at
 the same time, so that a shift of the traffic is not mistaken for a worse drafter. The first token of each draft is
-known to be right or wrong after the next step; the version is refused when its rate is worse than the others' as
-`aurora.guard` judges it, and approved when it is not and both have enough drafts, or the trial has lasted long enough:
-the gate has compared them before, on held-back traces. While one is on trial newer ones wait; of these only the newest
-is tried next.
+known to be right or wrong after the next step. The version is refused when its rate is clearly worse than the others'
+as `aurora.guard` judges it, and approved when both have drafts enough and it is not below what it has to keep. What is
+undecided after the longest trial is refused if it lies more than a standard error below, else approved: the gate has
+compared the two before, on held-back traces. While one is on trial newer ones wait; only the newest is tried next.
 """
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from aurora.guard import clearly_worse
+from aurora.guard import clearly_worse, enough, shortfall
 from aurora.proportion import Proportion
 
 _ENOUGH = 100  # drafts of each side
@@ -56,20 +56,27 @@ class Rollout:
             elif version == live == self.approved:
                 self._old += Proportion(drafts, right)
 
-    def refuses(self, version: int) -> str:
+    def refuses(self, version: int, now_s: float) -> str:
         """Why the version on trial has to go, or ""."""
-        if version == self._trial and clearly_worse(self._old, self._new):
-            self._refused.add(version)
-            return (
-                f"canary: {self._new.rate:.2f} of the first tokens of its {self._new.trials:.0f} drafts were right, of "
-                f"version {self.approved}'s at the same time {self._old.rate:.2f}"
-            )
-        return ""
+        if version != self._trial or not self._fails(now_s):
+            return ""
+        self._refused.add(version)
+        return (
+            f"canary: {self._new.rate:.2f} of the first tokens of its {self._new.trials:.0f} drafts were right, of "
+            f"version {self.approved}'s at the same time {self._old.rate:.2f}"
+        )
+
+    def _fails(self, now_s: float) -> bool:
+        doubtful = enough(self._old, self._new) and shortfall(self._old, self._new) > 1
+        return clearly_worse(self._old, self._new) or (doubtful and self._late(now_s))
+
+    def _late(self, now_s: float) -> bool:
+        return now_s - self._since_s >= self.limit_s
 
     def _settle(self, now_s: float) -> None:
         """Approve what has passed."""
-        if not self._trial or self._trial in self._refused or clearly_worse(self._old, self._new):
+        if not self._trial or self._trial in self._refused or self._fails(now_s):
             return
         seen = min(self._new.trials, self._old.trials) >= _ENOUGH
-        if seen or now_s - self._since_s >= self.limit_s:
+        if self._late(now_s) or (seen and shortfall(self._old, self._new) <= 0):
             self.approved, self._trial = self._trial, 0

@@ -105,7 +105,8 @@ class Router:
         """The newest version that a replica may use, and why its live one has to go ("": it has not)."""
         rollout = self._rollouts[kind]
         names = {r.name for r in self._fleet.living} | {replica}
-        return rollout.allowed(replica, names, live, latest, time.monotonic()), rollout.refuses(live)
+        now_s = time.monotonic()
+        return rollout.allowed(replica, names, live, latest, now_s), rollout.refuses(live, now_s)
 
     async def observe(self, kind: str, live: int, first_drafts: Mapping[int, tuple[int, int]]) -> None:
         """A replica tells how good its drafts were (`Rollout.observe`)."""

@@ -32,9 +32,20 @@ def test_a_worse_version_is_refused_and_the_others_never_get_it() -> None:
     trial.observe(1, {1: (100, 50)})
     trial.observe(2, {2: (100, 5)})
     assert trial.allowed("b", REPLICAS, 1, 2, 500) == 1, "however long the trial lasts"
-    assert "canary" in trial.refuses(2)
-    assert not trial.refuses(1)
+    assert "canary" in trial.refuses(2, 500)
+    assert not trial.refuses(1, 500)
     assert [trial.allowed(name, REPLICAS, 1, 1, 501) for name in REPLICAS] == [1, 1, 1]
+
+
+def test_what_looks_a_little_worse_stays_on_trial_and_is_refused_at_its_end() -> None:
+    trial = rollout()
+    assert trial.allowed("a", REPLICAS, 1, 2, 0) == 2
+    trial.observe(1, {1: (200, 20)})
+    trial.observe(2, {2: (200, 6)})
+    assert trial.allowed("b", REPLICAS, 1, 2, 119) == 1
+    assert not trial.refuses(2, 119)
+    assert trial.refuses(2, 120)
+    assert trial.allowed("b", REPLICAS, 1, 2, 121) == 1
 
 
 def test_a_trial_without_drafts_ends_with_its_time() -> None:

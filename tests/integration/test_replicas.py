@@ -20,7 +20,13 @@ from tests.waiting import wait_until
 
 pytestmark = pytest.mark.engine
 
-FLAGS = (*LEARNING, "--replicas=2", "--drafters=eagle3,ngram", "--set=cluster.canary_s=5", "--set=trainer.duty=0.2")
+FLAGS = (
+    *LEARNING,
+    "--replicas=2",
+    "--drafters=eagle3",
+    "--fixed-k=2",
+    "--set=cluster.canary_s=60",
+)
 
 
 @pytest.fixture(scope="module")
