@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Semaphore
 
 import httpx
 import psutil
@@ -108,23 +109,26 @@ def _scramble(weights: dict[str, torch.Tensor]) -> None:
 
 
 def test_a_replica_that_dies_costs_only_what_it_had_begun_to_say(fleet: ServedModel) -> None:
-    body = {"model": fleet.model_name(), "prompt": "a", "max_tokens": 200, "ignore_eos": True, "stream": True}
+    body = {"model": fleet.model_name(), "prompt": "a", "max_tokens": 400, "ignore_eos": True, "stream": True}
+    begun = Semaphore(0)
 
     def stream(seed: int) -> str:
         """How a stream ended."""
         with httpx.stream("POST", f"{fleet.url}/v1/completions", json=body | {"seed": seed}, timeout=300) as answer:
             assert answer.status_code == 200, answer.read()
-            last = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
+            last = []
+            for line in filter(None, answer.iter_lines()):
+                last = [*last[-1:], line.removeprefix("data: ")]
+                begun.release()
         assert last[-1] == "[DONE]"
         return "broken" if "error" in json.loads(last[-2]) else "whole"
 
     with ThreadPoolExecutor(24) as pool:
         streams = [pool.submit(stream, seed) for seed in range(24)]
-        wait_until(lambda: fleet.metric("vllm:num_requests_running") >= 4, 120, "requests run")
-        victim = processes(fleet, "ray::Server")[-1]
-        victim.kill()
+        assert begun.acquire(timeout=120), "tokens come"
+        processes(fleet, "ray::Server")[-1].kill()
         ends = [running.result() for running in streams]
-    assert ends.count("whole") >= 12, "those of the other replica, and those that had not begun"
+    assert ends.count("whole") >= 8, "those of the other replica, and those that had not begun"
     assert set(ends) <= {"whole", "broken"}
     assert answered_by(fleet, random_prompts(1)[0]) in up(fleet)
     wait_until(lambda: len(up(fleet)) == 2, 2 * START_LIMIT_S, "it is back")
