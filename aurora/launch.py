@@ -169,6 +169,7 @@ def _start_ray(config: AuroraConfig) -> None:
     for tried in range(1, _RAY_STARTS + 1):
         try:
             ray.init(
+                "local",  # whatever RAY_ADDRESS says, or `ray start` has left here
                 num_cpus=cpus,
                 include_dashboard=False,
                 runtime_env=environment,

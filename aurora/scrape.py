@@ -45,13 +45,16 @@ def parse_scrape(page: str) -> Scrape:
     """Read a Prometheus text page. Raises ValueError if it is none."""
     totals: dict[str, float] = defaultdict(float)
     costs: dict[str, float] = {}
+    live: int | None = None
     by_version: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
     for family in text_string_to_metric_families(page):
         for sample in family.samples:
             totals[sample.name] += sample.value
+            if sample.name == "aurora_drafter_version":  # of several replicas the newest
+                live = int(sample.value) if live is None else max(live, int(sample.value))
             if sample.name == "aurora_step_cost_seconds":
                 costs[sample.labels["part"]] = sample.value
-            if sample.labels.get("version", "").isdigit():
+            if sample.labels.get("version", "").lstrip("-").isdigit():
                 by_version[sample.name][int(sample.labels["version"])] += sample.value
     if not any(name.startswith("aurora_") for name in totals):
         return _vllm_scrape(totals)
@@ -60,7 +63,7 @@ def parse_scrape(page: str) -> Scrape:
         dict(by_version["aurora_accepted_tokens_total"]),
         totals["aurora_request_steps_total"],
         totals["aurora_emitted_tokens_total"],
-        int(totals["aurora_drafter_version"]) if "aurora_drafter_version" in totals else None,
+        live,
         costs,
     )
 

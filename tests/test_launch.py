@@ -51,7 +51,7 @@ def test_a_ray_that_is_late_gets_another_try_and_other_errors_pass(monkeypatch: 
 
     started: list[subprocess.Popen[bytes]] = []
 
-    def init(**_: object) -> None:
+    def init(*_: object, **__: object) -> None:
         failure = failures.pop(0)
         if failure is not None:
             started.append(subprocess.Popen(["sleep", "600"]))

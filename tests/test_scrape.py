@@ -31,6 +31,18 @@ def test_auroras_own_counters_come_first():
     assert parse_scrape(AURORA) == Scrape({0: 10, 1: 5}, {0: 4, 1: 11}, 20, 35, 1)
 
 
+def test_replicas_count_together_and_the_newest_version_is_live():
+    page = """\
+# TYPE aurora_draft_steps_total counter
+aurora_draft_steps_total{version="-1",replica="a"} 10
+aurora_draft_steps_total{version="-1",replica="b"} 5
+# TYPE aurora_drafter_version gauge
+aurora_drafter_version{replica="a"} 3
+aurora_drafter_version{replica="b"} 2
+"""
+    assert parse_scrape(page) == Scrape({-1: 15}, {}, 0, 0, 3)
+
+
 def test_vllm_counters_tell_acceptance_but_no_version():
     scrape = parse_scrape(VLLM)
     assert acceptance_length(parse_scrape(""), scrape) == pytest.approx(2.5)
