@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from aurora import __version__
@@ -110,8 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     purge.set_defaults(run=_purge, passes_rest=False)
     scale = commands.add_parser("scale", help="have more or fewer replicas", allow_abbrev=False)
     scale.add_argument("replicas", type=int, help="servers behind the endpoint")
-    scale.add_argument("--address", default="auto", help="Ray cluster: auto (default) or HOST:PORT")
-    scale.add_argument("--router", metavar="NAME", help="which deployment, where there are several")
+    scale.add_argument("--run-dir", type=Path, default=Path("runs/default"), metavar="DIR", help="that of the server")
     scale.set_defaults(run=_scale, passes_rest=False)
     add_dashboard_commands(commands)
     add_terminal_commands(commands)
@@ -170,7 +170,7 @@ def _purge(known: argparse.Namespace, _rest: list[str]) -> int:
 def _scale(known: argparse.Namespace, _rest: list[str]) -> int:
     from aurora.scale import scale
 
-    return scale(known.replicas, known.address, known.router)
+    return scale(known.replicas, known.run_dir)
 
 
 def _add_traffic(commands: _Commands) -> None:

@@ -1,19 +1,22 @@
 """The actors of one `aurora serve`. They know each other by name, so that a restarted one finds the others."""
 
+import json
 import logging
 import os
 import secrets
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from aurora.config import AuroraConfig
+from aurora.config import AuroraConfig, UserError
 from aurora.environment import engine_environment
 
 log = logging.getLogger(__name__)
 
 NAMESPACE = "aurora"  # of the actors in Ray
+DEPLOYMENT_FILE = "deployment.json"  # in run_dir, while several servers run: where Ray is, and the Router's name
 _CLOSE_TIMEOUT_S = 60.0
 
 
@@ -37,6 +40,7 @@ class Deployment:
             from serve.router_actor import make_router_actor
 
             self.router = make_router_actor(config, self._name("router"), keys, self._inner_key)
+            self._say_where(self._name("router"))
         else:
             self.server = self._make_server(keys)
 
@@ -85,10 +89,22 @@ class Deployment:
             taken=taken,
         )
 
+    def _say_where(self, router: str) -> None:
+        """For `aurora scale`. Raises UserError where run_dir takes nothing."""
+        import ray
+
+        file = self.config.run_dir / DEPLOYMENT_FILE
+        try:
+            file.write_text(json.dumps({"address": ray.get_runtime_context().gcs_address, "router": router}))
+        except OSError as error:
+            raise UserError(f"{file}: {error.strerror}; give a --run-dir that can be written") from error
+
     def close(self) -> None:
         """Let the trainer write its checkpoint and the reporter close the W&B run; one that is dead is passed over."""
         import ray
 
+        with suppress(OSError):
+            (self.config.run_dir / DEPLOYMENT_FILE).unlink(missing_ok=True)
         ends = {"trainer": self.trainer and self.trainer.stop, "reporter": self.reporter and self.reporter.finish}
         for role, end in ends.items():
             try:

@@ -358,7 +358,7 @@ class Terminal:
         return text in self.screen
 
     def ended(self) -> int:
-        wait_until(lambda: self.shows("\x1b[?1049l"), 20, "top left the terminal as it was")
+        wait_until(lambda: self.shows("\x1b[?1049l"), 60, "top left the terminal as it was")
         code = self.process.wait(20)
         assert termios.tcgetattr(self.slave) == self.before
         os.close(self.slave)
@@ -374,7 +374,7 @@ def test_top_ends_when_told_and_leaves_the_terminal_as_it_was(
     server.exporter.update(FIRST)
     terminal = Terminal(url)
     try:
-        wait_until(lambda: terminal.shows("Alarms"), 30, "top shows its picture")
+        wait_until(lambda: terminal.shows("Alarms"), 60, "top shows its picture")
         if how == "q":
             os.write(terminal.master, b"q")
         else:

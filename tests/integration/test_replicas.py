@@ -149,7 +149,7 @@ def test_the_router_comes_back_where_it_was(fleet: ServedModel) -> None:
 
 def test_replicas_join_and_leave_while_it_runs(fleet: ServedModel) -> None:
     def scale(replicas: int) -> str:
-        command = [sys.executable, "-m", "aurora.cli", "scale", str(replicas)]
+        command = [sys.executable, "-m", "aurora.cli", "scale", str(replicas), "--run-dir", str(fleet.run_dir)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
         assert done.returncode == 0, done.stderr
         return done.stdout
