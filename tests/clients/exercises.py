@@ -114,6 +114,7 @@ def langchain_chats(url: str) -> None:
     _check_city(json.dumps(said))
 
 
+WANT_SENSE = frozenset({openai_structured_output, langchain_chats})  # of the model: that it ends the JSON it began
 # The server wants `--enable-auto-tool-choice --tool-call-parser=NAME` for these.
 WITH_TOOLS: dict[str, tuple[Callable[[str], None], ...]] = {"openai": (openai_calls_a_tool,)}
 EXERCISES: dict[str, tuple[Callable[[str], None], ...]] = {  # package -> what is done with it
