@@ -35,6 +35,7 @@ class Keeper(threading.Thread):
         self._deployment = deployment
         self._server = deployment.make_replica(number)
         self._leaving = threading.Event()
+        self._served = False  # ever
 
     def run(self) -> None:
         """Start the Server's work until it ends in order."""
@@ -48,8 +49,15 @@ class Keeper(threading.Thread):
                 ray.get(running)
                 break
             except ray.exceptions.RayTaskError as error:
-                self.error = str(error.cause) if isinstance(error.cause, UserError) else str(error)
-                break
+                said = str(error.cause) if isinstance(error.cause, UserError) else str(error)
+                if not self._served or failures >= _MAX_FAILED_STARTS:
+                    self.error = said
+                    break
+                log.warning("%s did not start again (%s); it is tried anew", self.name, said[:300])
+                failures += 1
+                ray.kill(self._server, no_restart=False)  # half of an engine may be left in its process
+                self._leaving.wait(_PAUSE_S)
+                self._restarted()
             except ray.exceptions.RayActorError:
                 self.place = None
                 if self._leaving.is_set():
@@ -75,6 +83,7 @@ class Keeper(threading.Thread):
             self.place = ray.get([address, self._server.places.remote()])
         except ray.exceptions.RayActorError:
             return False
+        self._served = True
         self.introduce()
         return True
 

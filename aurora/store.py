@@ -13,8 +13,9 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ log = logging.getLogger(__name__)
 READY = "READY"
 REJECTED = "REJECTED"
 _STAGING = ".publish-"
+_HELD = ".held-"  # and the number of a version that somebody reads
+_HELD_S = 3600.0  # longest time that this counts: whoever died reading leaves its file
 _VERSION_DIR = re.compile(r"v(\d{6,})")
 ALLOWED_SUFFIXES = (".json", ".safetensors")
 
@@ -204,16 +207,37 @@ class DrafterStore:
         return version
 
     def prune(self, keep: int) -> list[int]:
-        """Remove all but the latest and the newest `keep` versions; returns the numbers removed.
+        """Remove all but the latest, the newest `keep` and those that are held; returns the numbers removed.
 
         Call from the writer only. What a writer that died left behind goes, too.
         """
         self.clear_abandoned()
-        latest = self.latest()
-        removed = [number for number in self.versions()[: -keep or None] if number != latest]
+        kept = {self.latest(), *self._held()}
+        removed = [number for number in self.versions()[: -keep or None] if number not in kept]
         for number in removed:
             self.remove(number)
         return removed
+
+    @contextmanager
+    def held(self, number: int) -> Iterator[None]:
+        """Inside, `prune` leaves a version alone, in whatever process. Raises DrafterRefused if it is gone already."""
+        with ExitStack() as stack:
+            with suppress(OSError):  # a full disk is no reason not to read
+                mark = tempfile.NamedTemporaryFile(prefix=f"{_HELD}{number}-", dir=self.root)  # noqa: SIM115
+                stack.enter_context(mark)
+            self.read(number)
+            yield
+
+    def _held(self) -> set[int]:
+        """Versions that somebody reads; marks that are too old are removed."""
+        found = set()
+        for mark in self.root.glob(f"{_HELD}*"):
+            with suppress(OSError, ValueError):
+                if time.time() - mark.stat().st_mtime > _HELD_S:
+                    mark.unlink()
+                else:
+                    found.add(int(mark.name.removeprefix(_HELD).split("-")[0]))
+        return found
 
     def remove(self, number: int) -> None:
         """Take a version away, and what was said of it. Call from the writer only."""

@@ -44,12 +44,15 @@ class Canary:
             return live, ""
 
     async def newest(self, stores: Mapping[str, DrafterStore]) -> dict[str, int]:
-        """By kind, the newest version to start with; nothing of a store that is empty."""
+        """By kind, the newest version to start with; nothing where the store has none that is old enough."""
         found = {}
         for kind, store in stores.items():
             latest = store.latest()
-            if latest is not None:
-                found[kind] = (await self.permit(kind, 0, latest))[0] or latest
+            if latest is None:
+                continue
+            allowed = (await self.permit(kind, 0, latest))[0] or latest
+            if store.latest(allowed) is not None:
+                found[kind] = allowed
         return found
 
     def observer(self, kind: str, live: Callable[[], int], sign: int) -> Callable[[EngineReport], None]:

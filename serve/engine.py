@@ -4,13 +4,14 @@ import os
 import re
 from argparse import Namespace
 from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from aurora.config import AuroraConfig, UserError
 from aurora.environment import available_memory, kv_cache_bytes
-from aurora.store import DrafterStore, DrafterVersion
+from aurora.store import DrafterRefused, DrafterStore, DrafterVersion
 from drafters import TargetWeights, ensure_draft_model, ensure_drafter
 from serve.calibration import costs_file, known_costs
 from serve.plugin import ENGINE_ENV
@@ -55,12 +56,19 @@ def start_engine(config: AuroraConfig, model_dir: Path, newest: Mapping[str, int
 
     newest: by kind (`eagle3`, `model`), the newest version that may draft; without an entry any may.
     """
-    newest = newest or {}
+    with ExitStack() as stack:
+        return _start_engine(config, model_dir, newest or {}, stack)
+
+
+def _start_engine(
+    config: AuroraConfig, model_dir: Path, newest: Mapping[str, int], reading: ExitStack
+) -> RunningEngine:
+    """`reading` keeps the drafter that vLLM reads from being pruned meanwhile."""
     os.environ[ENGINE_ENV] = str(os.getpid())
     args = parse_vllm_args(str(model_dir), config.vllm_args)
     args.served_model_name = args.served_model_name or [config.model]
     _set_defaults(args, config.vllm_args)
-    drafter = _first_drafter(config, model_dir, newest.get("eagle3")) if config.speculation.enabled else None
+    drafter = _first_drafter(config, model_dir, newest.get("eagle3"), reading) if config.speculation.enabled else None
     draft_model = _first_draft_model(config, model_dir, newest.get("model"))
     uncalibrated = False
     if drafter is not None:
@@ -102,13 +110,17 @@ async def install_seams(engine: RunningEngine, config: AuroraConfig) -> None:
         raise RuntimeError("no worker installed Aurora's hooks: capture would be silently absent")
 
 
-def _first_drafter(config: AuroraConfig, model_dir: Path, newest: int | None) -> DrafterVersion:
+def _first_drafter(config: AuroraConfig, model_dir: Path, newest: int | None, reading: ExitStack) -> DrafterVersion:
     """The newest published drafter, or a new one. Raises UserError for one that this target cannot use."""
-    try:
-        store = DrafterStore(config.store_dir, newest)
-        return ensure_drafter(store, model_dir, config.speculation, config.trainer.seed)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    store = DrafterStore(config.store_dir, newest)
+    while True:
+        try:
+            version = ensure_drafter(store, model_dir, config.speculation, config.trainer.seed)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        with suppress(DrafterRefused):  # pruned since; another one is there
+            reading.enter_context(store.held(version.number))
+            return version
 
 
 def _first_draft_model(config: AuroraConfig, model_dir: Path, newest: int | None) -> DrafterVersion | None:

@@ -246,3 +246,17 @@ def test_a_version_is_rejected_though_the_disk_is_full(
     store.reject(2, "drafts nothing")
     assert store.latest() == 1
     assert "v000002/REJECTED: not marked (No space left on device)" in caplog.text
+
+
+def test_a_version_that_somebody_reads_is_not_pruned(store: DrafterStore) -> None:
+    for _ in range(5):
+        store.publish(writer(), {})
+    with DrafterStore(store.root).held(1):
+        assert store.prune(keep=2) == [2, 3]
+        assert store.versions() == [1, 4, 5]
+    mark = store.root / ".held-4-somebody"
+    mark.touch()
+    os.utime(mark, (0, 0))
+    assert store.prune(keep=1) == [1, 4], "what a reader that died has left does not count for ever"
+    with pytest.raises(DrafterRefused), store.held(1):
+        pass
