@@ -98,6 +98,8 @@ class RouterApp:
             await send_error(send, HTTPStatus.SERVICE_UNAVAILABLE, _NOBODY, headers=[(b"retry-after", b"10")])
 
     async def _say_metrics(self, send: "Send") -> None:
+        UP.clear()  # those that have left
+        OPEN.clear()
         for replica in self._fleet.replicas:
             UP.labels(replica.name).set(replica.up)
             OPEN.labels(replica.name).set(len(replica.open))

@@ -199,6 +199,8 @@ def test_metrics_of_all_replicas_are_one_page(routed: Routed) -> None:
     assert samples["aurora_steps_total", "bb"] == 2
     assert samples["aurora_router_replica_up", "a"] == 1
     assert samples["aurora_router_requests_total", "a"] >= 1
+    routed.leave("a")
+    assert 'aurora_router_replica_up{replica="a"}' not in httpx.get(f"{routed.url}/metrics").text
 
 
 def test_what_a_body_says_of_its_work() -> None:
