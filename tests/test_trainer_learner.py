@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from aurora.config import RLConfig, TrainerConfig
 from drafters import Eagle3Config, TargetWeights, initialise
 from drafters.checksum import checksum
-from tests.tiny import DRAFT_VOCAB, HIDDEN, VOCAB, TinyServer, half_right, prompts, write_target
+from tests.tiny import DRAFT_VOCAB, HIDDEN, VOCAB, TinyServer, filled_replay, prompts, write_target
 from trainer.buffer import Replay
 from trainer.checkpoint import FILE, CheckpointRefused, load_checkpoint, save_checkpoint
 from trainer.flops import step_flops
@@ -24,17 +24,8 @@ SETTINGS = TrainerConfig(learning_rate=3e-3, warmup_steps=4, batch_rows=64, prec
 
 
 @pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> TargetWeights:
-    return TargetWeights.load(write_target(tmp_path_factory.mktemp("target")))
-
-
-@pytest.fixture(scope="module")
 def replay(target: TargetWeights) -> Replay:
-    server, replay = TinyServer(Path(target.name)), Replay(HIDDEN, VOCAB, 64, 0.01)
-    for i, prompt in enumerate(prompts(8)):
-        for trace in server.traces(f"r{i}", prompt, 14, half_right):
-            replay.add(trace)
-    return replay
+    return filled_replay(Path(target.name), 8)
 
 
 @pytest.fixture

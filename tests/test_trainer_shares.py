@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from aurora.config import RLConfig, TrainerConfig
 from drafters import Eagle3Config, TargetWeights, initialise
-from tests.tiny import DRAFT_VOCAB, HIDDEN, VOCAB, TinyServer, half_right, prompts, write_target
+from tests.tiny import DRAFT_VOCAB, filled_replay
 from trainer.buffer import Replay
 from trainer.learner import Learner, StepMetrics
 from trainer.member import take_step
@@ -23,17 +23,8 @@ OLDEST = 0
 
 
 @pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> TargetWeights:
-    return TargetWeights.load(write_target(tmp_path_factory.mktemp("target")))
-
-
-@pytest.fixture(scope="module")
 def replay(target: TargetWeights) -> Replay:
-    server, replay = TinyServer(Path(target.name)), Replay(HIDDEN, VOCAB, 64, 0.01)
-    for i, prompt in enumerate(prompts(4)):
-        for trace in server.traces(f"r{i}", prompt, 14, half_right):
-            replay.add(trace)
-    return replay
+    return filled_replay(Path(target.name), 4)
 
 
 class Threads:

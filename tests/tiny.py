@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from aurora.config import AuroraConfig
 from aurora.trace import DraftTrace
 from drafters import TargetWeights
+from trainer.buffer import Replay
 from trainer.recording import Manifest
 
 VOCAB, HIDDEN, LAYERS = 300, 48, 7
@@ -160,3 +161,12 @@ def prompts(count: int, length: int = 12, seed: int = 0) -> list[list[int]]:
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 torch.set_num_threads(1)
+
+
+def filled_replay(directory: Path, requests: int) -> Replay:
+    """A replay of so many requests, half of whose drafts were right."""
+    server, replay = TinyServer(directory), Replay(HIDDEN, VOCAB, 64, 0.01)
+    for i, prompt in enumerate(prompts(requests)):
+        for trace in server.traces(f"r{i}", prompt, 14, half_right):
+            replay.add(trace)
+    return replay
