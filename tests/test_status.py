@@ -349,7 +349,9 @@ class Terminal:
         self.screen = ""
         environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")} | {"TERM": "xterm"}
         command = [sys.executable, "-m", "aurora.cli", "top", "--url", url, "--interval", "0.1"]
+        mine = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background has it ignored
         self.process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env=environment)
+        signal.signal(signal.SIGINT, mine)
 
     def shows(self, text: str) -> bool:
         with contextlib.suppress(BlockingIOError):
