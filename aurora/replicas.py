@@ -225,7 +225,7 @@ def _start_router(router: Any, port: int | None = None) -> tuple[str, Any]:
                 raise UserError(str(error.cause)) from None
             raise
         except ray.exceptions.RayActorError:
-            time.sleep(_PAUSE_S)
+            time.sleep(_PAUSE_S)  # Ray starts its process anew; one that dies at once must not spin
     raise UserError(f"the router did not start within {_ROUTER_START_S:.0f} s; see {ray_logs()}")
 
 

@@ -80,7 +80,7 @@ def exercised(url: str) -> Iterator[Row]:
             try:
                 exercise(url)
                 outcome = "works"
-            except Exception as error:
+            except Exception as error:  # whatever a client raises is its row, and the exit code is 1
                 outcome = f"fails: {' '.join(str(error).split())[:200]}"
             yield Row(f"`{package}`", metadata.version(package), what, outcome)
 
