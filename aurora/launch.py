@@ -166,6 +166,7 @@ def _start_ray(config: AuroraConfig) -> None:
         await_roles(roles, ray.cluster_resources, config.cluster.wait_s)
         return
     cpus = max(os.cpu_count() or 1, cpus_wanted(config))
+    others = _children()
     for tried in range(1, _RAY_STARTS + 1):
         try:
             ray.init(
@@ -181,18 +182,20 @@ def _start_ray(config: AuroraConfig) -> None:
             if type(error) is not Exception:  # Ray raises the bare class, and only that, where its processes are late
                 raise
             ray.shutdown()
-            _end_children()  # what it had started would make the next one late, too
+            _end(_children() - others)  # what it had started would make the next one late, too
             log.warning("Ray did not start (%s), try %d of %d", error, tried, _RAY_STARTS)
     raise UserError("Ray did not start; see /tmp/ray/session_latest/logs, or end what keeps this machine busy")
 
 
-def _end_children() -> None:
-    """End the processes below this one, which has no others than Ray's yet."""
-    children = psutil.Process().children(recursive=True)
-    for child in children:
+def _children() -> set[psutil.Process]:
+    return set(psutil.Process().children(recursive=True))
+
+
+def _end(processes: set[psutil.Process]) -> None:
+    for process in processes:
         with suppress(psutil.NoSuchProcess):
-            child.kill()
-    psutil.wait_procs(children, timeout=_CHILDREN_END_S)
+            process.kill()
+    psutil.wait_procs(processes, timeout=_CHILDREN_END_S)
 
 
 def _make_run_dir(directory: Path) -> None:

@@ -50,6 +50,7 @@ def test_a_ray_that_is_late_gets_another_try_and_other_errors_pass(monkeypatch: 
     failures: list[BaseException | None] = []
 
     started: list[subprocess.Popen[bytes]] = []
+    other = subprocess.Popen(["sleep", "600"])
 
     def init(*_: object, **__: object) -> None:
         failure = failures.pop(0)
@@ -64,6 +65,8 @@ def test_a_ray_that_is_late_gets_another_try_and_other_errors_pass(monkeypatch: 
     assert failures == []
     assert len(started) == 2
     assert not any(psutil.pid_exists(process.pid) for process in started), "nothing of a late Ray is left"
+    assert other.poll() is None, "a process that Ray did not start"
+    other.kill()
     failures[:] = [late, late, late]
     with pytest.raises(UserError, match="Ray did not start; see"):
         _start_ray(AuroraConfig())

@@ -31,12 +31,19 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def learning(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedModel]:
-    """The tiny model served with all three drafters and learning."""
+def _learning(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedModel]:
     server = ServedModel(tiny_model, tmp_path_factory.mktemp("learning"), *LEARNING)
     server.wait_ready(START_LIMIT_S)
     yield server
     assert server.stop() == 0
+
+
+@pytest.fixture(scope="module")
+def learning(_learning: ServedModel) -> Iterator[ServedModel]:
+    """The tiny model served with all three drafters and learning; its trainer stands still between the modules."""
+    _learning.let_train(True)
+    yield _learning
+    _learning.let_train(False)
 
 
 @pytest.fixture(scope="session")
