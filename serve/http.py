@@ -6,7 +6,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 from aurora.config import AuroraConfig
-from serve import page, request_options, source_answers
+from serve import dead_ends, page, request_options, source_answers
 from serve.access import AccessMiddleware, open_paths
 from serve.admission import Admission, AdmissionMiddleware
 from serve.answers import AnswerCounter
@@ -44,6 +44,7 @@ async def serve_http(
     tasks = await engine.client.get_supported_tasks()
     app = build_app(args, tasks, engine.client.model_config)
     guard(app, config, keys, admission, history)
+    dead_ends.install(engine.client)
     source_answers.install(app, SourceBook(speculates=engine.drafter is not None), engine.client)
     await init_app_state(engine.client, app.state, args, tasks)
     return http_server(app, config.limits, tls_of(args))

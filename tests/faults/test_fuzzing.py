@@ -134,14 +134,16 @@ def bodies(model: str) -> list[bytes]:
     return raw + [json.dumps(ask | fields).encode() for fields in wrong]
 
 
-@pytest.mark.parametrize("structure", [{"json": {"$ref": "#"}}, {"grammar": "root ::= root root"}])
-def test_what_the_grammar_compiler_gives_up_on_ends_its_request_only(
-    guarded: Guarded, structure: dict[str, Any]
-) -> None:
-    """vLLM 0.32 takes it for valid and answers 500 when the compiler fails; 400 would be right."""
-    ask = {"model": guarded.model(), "prompt": "a", "max_tokens": 3}
+@pytest.mark.parametrize(
+    "structure",
+    [{"json": {"$ref": "#"}}, {"grammar": "root ::= root root"}, {"grammar": 'root ::= "ab" end\nend ::= end "c"'}],
+)
+def test_a_grammar_that_no_text_satisfies_ends_its_request_only(guarded: Guarded, structure: dict[str, Any]) -> None:
+    ask = {"model": guarded.model(), "prompt": "a", "max_tokens": 8}
     for _ in range(5):
-        assert guarded.post({**ask, "structured_outputs": structure}).status_code in (400, 500)
+        refused = guarded.post({**ask, "structured_outputs": structure})
+        assert refused.status_code == 400, refused.text
+        assert "admits no further text" in refused.json()["error"]["message"]
         assert guarded.post(ask).status_code == 200
 
 

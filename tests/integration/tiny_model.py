@@ -31,16 +31,16 @@ def write_model(directory: Path, seed: int = 0) -> Path:
     model = LlamaForCausalLM(config)
     model.lm_head.weight.data.mul_(2.5)
     model.save_pretrained(directory)
-    _tokenizer().save_pretrained(directory)
+    new_tokenizer().save_pretrained(directory)
     return directory
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
+def new_tokenizer() -> PreTrainedTokenizerFast:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     fillers = [f"<f{i}>" for i in range(VOCAB - len(SPECIALS) - len(alphabet))]
     vocabulary = {token: i for i, token in enumerate([*SPECIALS, *alphabet, *fillers])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.prenew_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", chat_template=CHAT
