@@ -4,10 +4,16 @@ scripts/terminal_pictures.py --url http://127.0.0.1:8000 --run-dir runs/default 
 """
 
 import argparse
+import fcntl
 import os
+import pty
+import re
+import struct
 import subprocess
 import sys
+import termios
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from rich._export_format import CONSOLE_SVG_FORMAT
@@ -16,7 +22,8 @@ from rich.text import Text
 
 from aurora.watch import DEFAULT_URL, Watch, WatchOptions
 
-_SHOWN_RUN_DIR = "runs/default"
+_FONTS = re.compile(r"@font-face \{\{.*?\n    \}\}", re.DOTALL)  # from another host, which a picture may not ask
+_FORMAT = _FONTS.sub("", CONSOLE_SVG_FORMAT).replace("Fira Code, monospace", "monospace")
 
 
 def main() -> None:
@@ -35,16 +42,25 @@ def main() -> None:
         watch.look()
     draw(watch.frame(f"top  {DEFAULT_URL}  q quits"), 80, "top", given.out)
     draw(watch.frame(f"status  {DEFAULT_URL}"), 120, "status", given.out)
-    draw(said("drafters", "list", f"--run-dir={given.run_dir}", f"--url={given.url}"), 110, "drafters list", given.out)
-    draw(said("doctor", f"--run-dir={given.run_dir}"), 120, "doctor", given.out)
+    for name, flags in (("drafters list", [f"--url={given.url}"]), ("doctor", [])):
+        draw(said([*name.split(), f"--run-dir={given.run_dir}", *flags], 120), 120, name, given.out)
 
 
-def said(*command: str, width: int) -> Text:
+def said(command: list[str], width: int) -> Text:
     """What a command prints on a terminal so wide, in its colours."""
-    env = {**os.environ, "FORCE_COLOR": "1", "COLUMNS": str(width), "LINES": "60"}
-    done = subprocess.run([sys.executable, "-m", "aurora.cli", *command], check=False, capture_output=True, env=env)
-    assert done.stdout, done.stderr.decode()
-    return Text.from_ansi(done.stdout.decode())
+    ours, its = pty.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 60, width, 0, 0))
+    env = {**os.environ, "TERM": "xterm-256color"}
+    process = subprocess.Popen([sys.executable, "-m", "aurora.cli", *command], stdin=its, stdout=its, env=env)
+    os.close(its)
+    printed = b""
+    with suppress(OSError):  # how a terminal ends whose other side is closed
+        while chunk := os.read(ours, 1 << 16):
+            printed += chunk
+    process.wait()
+    os.close(ours)
+    text = printed.decode().replace("\r\n", "\n").replace(os.path.realpath(sys.prefix), ".venv")
+    return Text.from_ansi(text.rstrip())
 
 
 def draw(shown: RenderableType, width: int, name: str, folder: Path) -> None:
@@ -52,7 +68,9 @@ def draw(shown: RenderableType, width: int, name: str, folder: Path) -> None:
     with Path(os.devnull).open("w") as nowhere:
         console = Console(width=width, record=True, file=nowhere, force_terminal=True)
         console.print(shown)
-        console.save_svg(str(folder / f"terminal-{name.replace(' ', '-')}.svg"), title=f"aurora {name}")
+        console.save_svg(
+            str(folder / f"terminal-{name.replace(' ', '-')}.svg"), title=f"aurora {name}", code_format=_FORMAT
+        )
 
 
 if __name__ == "__main__":
