@@ -19,7 +19,7 @@ class Panel(NamedTuple):
     title: str
     unit: str  # Grafana's name of it
     targets: dict[str, str]
-    text: str = ""
+    text: str  # what it shows
     stacked: bool = False
     kind: str = "timeseries"
 
@@ -70,6 +70,7 @@ SERVING = Row(
                 f"{_rate('aurora_measured_seconds_total')}",
                 "median error {{instance}} {{replica}}": f"aurora_step_time_error{_HERE}",
             },
+            "1: the step-time model is right on average. Its median error is of single steps.",
         ),
         Panel(
             "Speed-up over no speculation",
@@ -77,9 +78,24 @@ SERVING = Row(
             {"speed-up": f"{_rate('aurora_plain_seconds_total')} / {_rate('aurora_measured_seconds_total')}"},
             "What the step-time model predicts for the same tokens without drafts, over what the steps took.",
         ),
-        Panel("Time to the first token", "s", _quantiles("vllm:time_to_first_token_seconds")),
-        Panel("Time between tokens", "s", _quantiles("vllm:inter_token_latency_seconds")),
-        Panel("Time of a request", "s", _quantiles("vllm:e2e_request_latency_seconds")),
+        Panel(
+            "Time to the first token",
+            "s",
+            _quantiles("vllm:time_to_first_token_seconds"),
+            "From a request's arrival, waiting included.",
+        ),
+        Panel(
+            "Time between tokens",
+            "s",
+            _quantiles("vllm:inter_token_latency_seconds"),
+            "Between two outputs of a request; one output may have several tokens.",
+        ),
+        Panel(
+            "Time of a request",
+            "s",
+            _quantiles("vllm:e2e_request_latency_seconds"),
+            "From its arrival to its last token.",
+        ),
         Panel(
             "Requests",
             "short",
@@ -87,6 +103,7 @@ SERVING = Row(
                 "running": f"sum(vllm:num_requests_running{_HERE})",
                 "waiting": f"sum(vllm:num_requests_waiting{_HERE})",
             },
+            "In the running batch, and waiting for a place in it.",
         ),
         Panel(
             "Speculation length k",
@@ -106,11 +123,17 @@ SERVING = Row(
             "Share of the request steps in which each drafter's drafts were verified.",
             stacked=True,
         ),
-        Panel("KV cache in use", "percentunit", {"{{instance}} {{replica}}": f"vllm:kv_cache_usage_perc{_HERE}"}),
+        Panel(
+            "KV cache in use",
+            "percentunit",
+            {"{{instance}} {{replica}}": f"vllm:kv_cache_usage_perc{_HERE}"},
+            "Near 100 % requests are sent back to wait (Preemptions).",
+        ),
         Panel(
             "Prompt tokens found in the cache",
             "percentunit",
             {"hits": f"{_rate('vllm:prefix_cache_hits_total')} / {_rate('vllm:prefix_cache_queries_total')}"},
+            "Of those looked up: not computed again.",
         ),
         Panel(
             "Parts of a step",
@@ -149,6 +172,7 @@ LEARNING = Row(
                 "length": f"1 + {_rate('vllm:spec_decode_num_accepted_tokens_total')} / "
                 f"{_rate('vllm:spec_decode_num_drafts_total')}"
             },
+            "All drafters together; to compare with the panel Acceptance length.",
         ),
         Panel(
             "Live version",
@@ -157,11 +181,13 @@ LEARNING = Row(
                 "neural drafter {{instance}} {{replica}}": f"aurora_drafter_version{_HERE}",
                 "draft model {{instance}} {{replica}}": f"aurora_draft_model_version{_HERE}",
             },
+            "That the engine drafts with. Replicas may differ for a while: one tries a new version first.",
         ),
         Panel(
             "Drafted tokens",
             "short",
             {"drafted": _rate("aurora_drafted_tokens_total"), "accepted": _rate("aurora_accepted_tokens_total")},
+            "A second, verified, and those that the target took.",
         ),
         Panel(
             "What training takes",
@@ -171,13 +197,17 @@ LEARNING = Row(
                 "of engine time, capture": f"{_rate('aurora_capture_seconds_total')} / "
                 f"{_rate('aurora_busy_seconds_total')}",
             },
+            "Share of wall time that the trainer computes, and of engine time that recording traces takes.",
         ),
         Panel(
             "Traces",
             "short",
             {"captured": _rate("aurora_traces_total"), "waiting": f"sum(aurora_traces_waiting{_HERE})"},
+            "Captured a second, and those that wait for the trainer.",
         ),
-        Panel("Traces, bytes", "Bps", {"captured": _rate("aurora_trace_bytes_total")}),
+        Panel(
+            "Traces, bytes", "Bps", {"captured": _rate("aurora_trace_bytes_total")}, "From the engine to the trainer."
+        ),
         Panel(
             "Drift",
             "none",
@@ -208,9 +238,20 @@ SAFETY = Row(
                 "endpoint {{instance}} {{replica}}": f"up{_HERE}",
                 "trainer {{instance}} {{replica}}": f"aurora_trainer_alive{_HERE}",
             },
+            "1: Prometheus reads the server's page, and the trainer answers the server.",
         ),
-        Panel("Answers by status", "reqps", {"{{code}}": _rate("aurora_responses_total", "code")}),
-        Panel("Requests refused", "reqps", {"503": _rate("aurora_requests_refused_total")}),
+        Panel(
+            "Answers by status",
+            "reqps",
+            {"{{code}}": _rate("aurora_responses_total", "code")},
+            "HTTP status codes of all answers.",
+        ),
+        Panel(
+            "Requests refused",
+            "reqps",
+            {"503": _rate("aurora_requests_refused_total")},
+            "More came than limits.waiting lets wait: status 503.",
+        ),
         Panel(
             "Replicas",
             "none",
@@ -220,8 +261,18 @@ SAFETY = Row(
             },
             "Of several behind one endpoint.",
         ),
-        Panel("Requests by outcome", "reqps", {"{{outcome}}": _rate("aurora_router_requests_total", "outcome")}),
-        Panel("Preemptions", "short", {"preempted": _rate("vllm:num_preemptions_total")}),
+        Panel(
+            "Requests by outcome",
+            "reqps",
+            {"{{outcome}}": _rate("aurora_router_requests_total", "outcome")},
+            "Of a router: answered; handed on, since a replica took nothing; broken, since one ended.",
+        ),
+        Panel(
+            "Preemptions",
+            "short",
+            {"preempted": _rate("vllm:num_preemptions_total")},
+            "Requests a second that were sent back to wait because the KV cache was full.",
+        ),
         Panel(
             "Versions",
             "short",
@@ -232,7 +283,12 @@ SAFETY = Row(
             },
             "In the last hour.",
         ),
-        Panel("Engine stall of the last swap", "s", {"{{instance}} {{replica}}": f"aurora_swap_seconds{_HERE}"}),
+        Panel(
+            "Engine stall of the last swap",
+            "s",
+            {"{{instance}} {{replica}}": f"aurora_swap_seconds{_HERE}"},
+            "That requests waited while the newest version was put in.",
+        ),
         Panel(
             "Lost",
             "short",

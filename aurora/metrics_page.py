@@ -53,8 +53,8 @@ between tokens and of whole requests come from here into the reporter's rows, to
 _GRAFANA = """
 ## Panels of the Grafana dashboard
 
-| row | panel | unit | expressions |
-|---|---|---|---|
+| row | panel | shows | unit | expressions |
+|---|---|---|---|---|
 """
 _FOOT = """
 `$instance` are the servers chosen at the top of the dashboard, `$__rate_interval` is Grafana's.
@@ -81,7 +81,7 @@ def _panels() -> Iterator[str]:
     for row in grafana.ROWS:
         for panel in row.panels:
             expressions = "<br>".join(f"`{_cell(expression)}`" for expression in panel.targets.values())
-            yield f"| {row.title} | {panel.title} | {panel.unit} | {expressions} |\n"
+            yield f"| {row.title} | {panel.title} | {panel.text} | {panel.unit} | {expressions} |\n"
 
 
 def _cell(text: str) -> str:

@@ -80,7 +80,7 @@ def _doctor(known: argparse.Namespace, rest: list[str]) -> int:
     if known.as_json:
         print(json.dumps([asdict(finding) for finding in findings], indent=2))
     else:
-        table = Table("", "check", "found", "remedy")
+        table = Table("", "check", "found", "remedy", box=None)
         for finding in findings:
             mark = "[red]fails" if finding.fatal else "[yellow]lacks" if finding.remedy else "[green]ok"
             table.add_row(mark, finding.name, finding.value, finding.remedy)

@@ -9,7 +9,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import msgspec
 from prometheus_client import CollectorRegistry
@@ -25,7 +24,7 @@ STORE_S = 2.0  # between two looks at the stores
 VERSIONS = 100  # of each store
 DOMAINS = 12  # named in a point; the others are added up
 OTHERS = "(others)"
-_GAUGES = (
+GAUGES = (
     "aurora_trainer_alive",
     "aurora_training_share",
     "aurora_drift",
@@ -34,7 +33,7 @@ _GAUGES = (
     "aurora_step_time_error",
     "aurora_traces_waiting",
 )
-_COUNTS = (
+COUNTS = (
     "aurora_swaps_total",
     "aurora_swap_failures_total",
     "aurora_rollbacks_total",
@@ -57,6 +56,10 @@ class Point(msgspec.Struct, frozen=True):
     tokens_per_s: float | None  # of engine time
     acceptance_length: float | None
     emitted: int
+    plain_s: float  # over `measured_s`: the speed-up
+    measured_s: float
+    draft_steps: int
+    accepted: int
     domains: dict[str, list[int]]  # drafted, accepted
     sources: dict[str, int]  # tokens by who wrote them
     version: int
@@ -69,6 +72,7 @@ class Swap(msgspec.Struct, frozen=True):
     kind: str
     before: int
     after: int
+    replica: str = ""
 
 
 class Version(msgspec.Struct, frozen=True):
@@ -80,6 +84,20 @@ class Version(msgspec.Struct, frozen=True):
     gated: float | None  # acceptance length that its gate measured
     rejected_s: float | None = None
     reason: str = ""
+
+
+class Hour(msgspec.Struct, frozen=True):
+    """What the page shows, of one server or, by a router, of all its replicas."""
+
+    now_s: float
+    points: list[Point]
+    swaps: list[Swap]
+    versions: list[Version]
+    live: dict[str, int]  # by kind; of several replicas the newest
+    state: dict[str, float | None]
+    alarms: dict[str, str]  # kind -> what it means
+    replica: str = ""  # of which one; "": a server without a router, or all replicas
+    replicas: dict[str, dict[str, int] | None] = {}  # behind a router: what is live at each; None: it does not answer
 
 
 class History:
@@ -134,22 +152,22 @@ class History:
             for key in sorted(key for key in self._versions if key[0] == kind)[:-VERSIONS]:
                 del self._versions[key]
 
-    def since(self, time_s: float) -> dict[str, Any]:
+    def since(self, time_s: float) -> Hour:
         """What the page shows; points only those after `time_s`."""
         read = self._read()
-        return {
-            "now_s": self._clock(),
-            "points": [point for point in self._points if point.time_s > time_s],
-            "swaps": list(self._swaps),
-            "versions": list(self._versions.values()),
-            "live": dict(self._live),
-            "state": {name.removeprefix("aurora_"): read.get((name, "")) for name in (*_GAUGES, *_COUNTS)},
-            "alarms": {kind: _MEANING[kind] for kind in (*KINDS, UNSAVED) if read.get((_ALARM, kind))},
-        }
+        return Hour(
+            now_s=self._clock(),
+            points=[point for point in self._points if point.time_s > time_s],
+            swaps=list(self._swaps),
+            versions=list(self._versions.values()),
+            live=dict(self._live),
+            state={name.removeprefix("aurora_"): read.get((name, "")) for name in (*GAUGES, *COUNTS)},
+            alarms={kind: _MEANING[kind] for kind in (*KINDS, UNSAVED) if read.get((_ALARM, kind))},
+        )
 
     def _read(self) -> dict[tuple[str, str], float]:
         """(metric, its kind or "") -> value now, of those that there are."""
-        families = self._registry.restricted_registry([*_GAUGES, *_COUNTS, _ALARM]).collect()
+        families = self._registry.restricted_registry([*GAUGES, *COUNTS, _ALARM]).collect()
         return {(s.name, s.labels.get("kind", "")): s.value for family in families for s in family.samples}
 
 
@@ -160,13 +178,17 @@ def _point(report: EngineReport, now_s: float) -> Point:
         tokens_per_s=tokens_per_s(report),
         acceptance_length=acceptance_length(report),
         emitted=report.emitted_tokens,
-        domains=_most_drafted(report.accepted_by_domain),
+        plain_s=report.plain_s,
+        measured_s=report.measured_s,
+        draft_steps=sum(report.draft_steps.values()),
+        accepted=sum(report.accepted_tokens.values()),
+        domains=most_drafted(report.accepted_by_domain),
         sources=report.tokens_by_source,
         version=report.drafter_version,
     )
 
 
-def _most_drafted(domains: Mapping[str, list[int]]) -> dict[str, list[int]]:
+def most_drafted(domains: Mapping[str, list[int]]) -> dict[str, list[int]]:
     """The domains with the most drafts by name, and all others together."""
     ranked = sorted(domains.items(), key=lambda item: -item[1][0])
     named, rest = dict(ranked[:DOMAINS]), [counts for _, counts in ranked[DOMAINS:]]

@@ -9,16 +9,22 @@ client in the answer.
 import asyncio
 import json
 import logging
+import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
 from http import HTTPStatus
 from typing import TYPE_CHECKING
+from urllib.parse import parse_qs
 
 import aiohttp
+import msgspec
 from yarl import URL
 
+from serve import merged_history, page
+from serve.access import METRICS_PATH, PAGE_DATA_PATH
 from serve.asgi import error_body, path_of, read_body, send_error
 from serve.fleet import CHARACTERS_PER_TOKEN, Ask, Fleet, NoReplica, Replica, Work
+from serve.history import Hour
 from serve.merged_metrics import OPEN, REQUESTS, UP, merged
 
 if TYPE_CHECKING:
@@ -28,7 +34,7 @@ log = logging.getLogger(__name__)
 
 REPLICA_HEADER = b"x-aurora-replica"
 _CONNECT_S = 5.0
-_METRICS_S = 10.0
+_LOOK_AT_S = 10.0  # longest time of a replica's metrics or page data
 _LOOK_S = 1.0
 _BROKEN = 1  # replicas that may break off under one request before it is given up
 _REFUSED = 8  # times that a request is handed on because a replica does not take it
@@ -82,8 +88,10 @@ class RouterApp:
         path = path_of(scope)
         if path in ("/health", "/ready", "/ping"):
             await self._say_health(send)
-        elif path == "/metrics":
+        elif path == METRICS_PATH:
             await self._say_metrics(send)
+        elif path == PAGE_DATA_PATH and scope["method"] == "GET":
+            await self._say_hour(scope["query_string"], send)
         else:
             body, left = await read_body(receive)
             if left is None:
@@ -103,21 +111,34 @@ class RouterApp:
         for replica in self._fleet.replicas:
             UP.labels(replica.name).set(replica.up)
             OPEN.labels(replica.name).set(len(replica.open))
-        living = self._fleet.living
-        pages = await asyncio.gather(*(self._page(replica) for replica in living))
-        found = {replica.name: page for replica, page in zip(living, pages, strict=True) if page is not None}
-        body = merged(found)
-        kind = (b"content-type", b"text/plain; version=0.0.4; charset=utf-8")
-        length = (b"content-length", str(len(body)).encode())
-        await send({"type": "http.response.start", "status": 200, "headers": [kind, length]})
-        await send({"type": "http.response.body", "body": body})
+        pages = {name: text.decode(errors="replace") for name, text in (await self._of_each(METRICS_PATH)).items()}
+        await _say(send, merged(pages), {"content-type": "text/plain; version=0.0.4; charset=utf-8"})
 
-    async def _page(self, replica: Replica) -> str | None:
+    async def _say_hour(self, query: bytes, send: "Send") -> None:
+        """The page's data of one replica or, merged, of all."""
+        asked = {name: values[-1] for name, values in parse_qs(query.decode("latin-1")).items()}
+        since_s = page.seconds(asked.get("since", ""))
+        start_s = merged_history.span_start(since_s)
+        found: dict[str, Hour] = {}
+        for name, said in (await self._of_each(f"{PAGE_DATA_PATH}?since={start_s}")).items():
+            with suppress(msgspec.DecodeError):  # a replica of another version
+                found[name] = msgspec.json.decode(said, type=Hour)
+        away = [replica.name for replica in self._fleet.replicas if replica.name not in found]
+        hour = merged_history.merged(found, away, since_s, time.time(), asked.get("replica", ""))
+        await _say(send, msgspec.json.encode(hour), page.DATA_HEADERS)
+
+    async def _of_each(self, path: str) -> dict[str, bytes]:
+        """What the replicas that answer say there."""
+        living = self._fleet.living
+        said = await asyncio.gather(*(self._got(replica, path) for replica in living))
+        return {replica.name: text for replica, text in zip(living, said, strict=True) if text is not None}
+
+    async def _got(self, replica: Replica, path: str) -> bytes | None:
         assert self._session is not None
-        with suppress(aiohttp.ClientError, TimeoutError, UnicodeDecodeError):
-            timeout = aiohttp.ClientTimeout(total=_METRICS_S)
-            async with self._session.get(f"{replica.url}/metrics", headers=self._credentials, timeout=timeout) as page:
-                return await page.text() if page.status == HTTPStatus.OK else None
+        with suppress(aiohttp.ClientError, TimeoutError):
+            timeout = aiohttp.ClientTimeout(total=_LOOK_AT_S)
+            async with self._session.get(f"{replica.url}{path}", headers=self._credentials, timeout=timeout) as answer:
+                return await answer.read() if answer.status == HTTPStatus.OK else None
         return None
 
     @property
@@ -215,6 +236,13 @@ class RouterApp:
                 if not replica.up and await self._well(replica):
                     await self._fleet.back(replica)
             await asyncio.sleep(_LOOK_S)
+
+
+async def _say(send: "Send", body: bytes, headers: Mapping[str, str]) -> None:
+    told = [(name.encode(), value.encode()) for name, value in headers.items()]
+    told.append((b"content-length", str(len(body)).encode()))
+    await send({"type": "http.response.start", "status": 200, "headers": told})
+    await send({"type": "http.response.body", "body": body})
 
 
 class _Measure:

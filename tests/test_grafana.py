@@ -145,6 +145,13 @@ def test_the_documentation_lists_the_alerts():
         assert f"| `{rule['alert']}` | {severity} | {rule['for']} | {description} |" in text
 
 
+def test_the_documentation_lists_the_panels():
+    text = (ROOT / "docs" / "dashboards.md").read_text()
+    for row in grafana.ROWS:
+        assert all(panel.text.endswith(".") for panel in row.panels)
+        assert f"| {row.title} | {'; '.join(panel.title for panel in row.panels)} |" in text
+
+
 def test_the_dashboard_and_the_page_of_metrics_are_current():
     assert (DEPLOY / "grafana" / "aurora.json").read_text() == grafana.as_json(), "aurora dashboard grafana"
     assert (ROOT / "docs" / "metrics.md").read_text() == metrics_page.page(), "aurora dashboard metrics"

@@ -54,16 +54,16 @@ def test_points_are_what_happened_between_them(clock: Clock) -> None:
     history, _ = _history(clock)
     history.observe(EngineReport(steps=100, emitted_tokens=1000))  # of the calibration
     _pass(history, clock, BUSY, 1.0)
-    assert history.since(0)["points"] == []
+    assert history.since(0).points == []
     _pass(history, clock, BUSY)
-    (point,) = history.since(0)["points"]
+    (point,) = history.since(0).points
     assert (point.emitted, point.speed_up, point.tokens_per_s, point.acceptance_length) == (24, 1.5, 6.0, 3.0)
     assert point.domains == {"sql": [20, 16]}
     assert point.sources == {"target": 8, "eagle3": 16}
     _pass(history, clock, EngineReport(drafter_version=1))
-    assert len(history.since(0)["points"]) == 1, "nothing is drawn of an idle time"
+    assert len(history.since(0).points) == 1, "nothing is drawn of an idle time"
     _pass(history, clock, BUSY)
-    assert [p.emitted for p in history.since(point.time_s)["points"]] == [12], "only what is new"
+    assert [p.emitted for p in history.since(point.time_s).points] == [12], "only what is new"
 
 
 def test_it_forgets_what_is_too_old(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +71,7 @@ def test_it_forgets_what_is_too_old(clock: Clock, monkeypatch: pytest.MonkeyPatc
     for version in range(1, 1000):
         _pass(history, clock, EngineReport(steps=1, drafter_version=version))
     data = history.since(0)
-    assert (len(data["points"]), len(data["swaps"])) == (module.POINTS, module.SWAPS)
+    assert (len(data.points), len(data.swaps)) == (module.POINTS, module.SWAPS)
 
 
 def test_domains_beyond_the_bound_are_added_up(clock: Clock) -> None:
@@ -79,7 +79,7 @@ def test_domains_beyond_the_bound_are_added_up(clock: Clock) -> None:
     domains = {f"d{i}": [100 - i, i] for i in range(DOMAINS + 3)}
     for _ in range(2):
         _pass(history, clock, EngineReport(steps=1, accepted_by_domain=domains))
-    (point,) = history.since(0)["points"]
+    (point,) = history.since(0).points
     assert len(point.domains) == DOMAINS + 1
     drafted, accepted = zip(*list(domains.values())[DOMAINS:], strict=True)
     assert point.domains[OTHERS] == [sum(drafted), sum(accepted)]
@@ -92,9 +92,9 @@ def test_swaps_of_both_drafters_are_seen(clock: Clock) -> None:
         _pass(history, clock, EngineReport(drafter_version=version))
     exporter.set("aurora_draft_model_version", 2)
     _pass(history, clock, EngineReport(drafter_version=3))
-    swaps = [(s.kind, s.before, s.after) for s in history.since(0)["swaps"]]
+    swaps = [(s.kind, s.before, s.after) for s in history.since(0).swaps]
     assert swaps == [("eagle3", 0, 3), ("model", 0, 1), ("eagle3", 3, 4), ("eagle3", 4, 3), ("model", 1, 2)]
-    assert history.since(0)["live"] == {"eagle3": 3, "model": 2}
+    assert history.since(0).live == {"eagle3": 3, "model": 2}
 
 
 def test_versions_are_remembered_when_they_are_removed(clock: Clock, tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_versions_are_remembered_when_they_are_removed(clock: Clock, tmp_path: P
     asyncio.run(history.look())
     clock.now += 60
     asyncio.run(history.look())
-    versions = history.since(0)["versions"]
+    versions = history.since(0).versions
     assert [(v.number, v.gated, v.reason) for v in versions] == [
         (1, 1.5, ""),
         (2, 1.75, "it drafts worse"),
@@ -121,16 +121,16 @@ def test_versions_are_remembered_when_they_are_removed(clock: Clock, tmp_path: P
 
 def test_state_and_alarms_are_those_of_the_metrics(clock: Clock) -> None:
     history, exporter = _history(clock)
-    assert history.since(0)["alarms"] == {}
+    assert history.since(0).alarms == {}
     exporter.set("aurora_alarm", 1, kind=OFF)
     exporter.set("aurora_training_share", 0.25)
     exporter.inc("aurora_rollbacks_total", {}, 2)
     data = history.since(0)
-    assert list(data["alarms"]) == [OFF]
-    assert (data["state"]["training_share"], data["state"]["rollbacks_total"]) == (0.25, 2)
+    assert list(data.alarms) == [OFF]
+    assert (data.state["training_share"], data.state["rollbacks_total"]) == (0.25, 2)
 
 
 def test_a_server_without_speculation_has_a_page_too(clock: Clock) -> None:
     data = History(CollectorRegistry(), {}, clock).since(0)
-    assert data["points"] == data["swaps"] == data["versions"] == []
-    assert data["state"]["trainer_alive"] is None
+    assert data.points == data.swaps == data.versions == []
+    assert data.state["trainer_alive"] is None

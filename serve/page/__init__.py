@@ -35,6 +35,9 @@ _HEADERS = {
 }
 
 
+DATA_HEADERS = {**_HEADERS, "content-type": "application/json", "cache-control": "no-store"}
+
+
 def install(app: "Starlette", history: History) -> None:
     """Add the page's routes to an application that does not serve yet."""
     for path in sorted(PAGE_PATHS):
@@ -60,17 +63,16 @@ def _data(history: History) -> "Handler":
         from starlette.responses import Response
 
         await history.look()
-        data = history.since(_seconds(request.query_params.get("since", "")))
-        headers = {**_HEADERS, "content-type": "application/json", "cache-control": "no-store"}
-        return Response(msgspec.json.encode(data), headers=headers)
+        data = history.since(seconds(request.query_params.get("since", "")))
+        return Response(msgspec.json.encode(data), headers=DATA_HEADERS)
 
     return answer
 
 
-def _seconds(text: str) -> float:
+def seconds(text: str) -> float:
     """A time as the page says it; the beginning for what is none."""
     try:
-        seconds = float(text)
+        time_s = float(text)
     except ValueError:
         return 0.0
-    return seconds if math.isfinite(seconds) else 0.0
+    return time_s if math.isfinite(time_s) else 0.0

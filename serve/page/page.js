@@ -19,18 +19,24 @@ let next;
 let shown = "";
 /** @type {Data | null} */
 let latest = null;
+let chosen = ""; // replica to show; "": all of them
+let turn = 0; // of asking: only the newest answer counts
 
 async function poll() {
   clearTimeout(next);
+  const mine = ++turn;
   try {
     const last = points[points.length - 1]?.time_s ?? 0;
     /** @type {Data} */
-    const data = await (await ask(`aurora/data?since=${last}`)).json();
+    const data = await (await ask(`aurora/data?since=${last}&replica=${encodeURIComponent(chosen)}`)).json();
+    if (mine !== turn) return;
+    if (data.replica !== chosen) return choose(data.replica); // that one has left, or does not answer
     points = [...points, ...data.points].filter((point) => point.time_s > data.now_s - HOUR_S);
     latest = { ...data, points };
     show(latest);
     status("live", "live");
   } catch (error) {
+    if (mine !== turn) return;
     if (error instanceof KeyWanted) {
       wantKey();
       return;
@@ -40,8 +46,28 @@ async function poll() {
   next = setTimeout(poll, POLL_MS);
 }
 
+/** @param {string} replica to show from now on */
+function choose(replica) {
+  chosen = replica;
+  points = [];
+  poll();
+}
+
+/** @param {Data} data the choice is there where there is one */
+function offer(data) {
+  const select = byId("replica"), names = Object.keys(data.replicas);
+  byId("replicas").hidden = names.length < 2;
+  const offered = [...select.options].slice(1).map((option) => option.value);
+  if (offered.join("\n") !== names.join("\n")) {
+    select.replaceChildren(select.options[0], ...names.map((name) => new Option(name)));
+  }
+  for (const option of [...select.options].slice(1)) option.disabled = !data.replicas[option.value];
+  select.value = data.replica;
+}
+
 /** @param {Data} data */
 function show(data) {
+  offer(data);
   byId("cards").replaceChildren(...cards(data));
   const raised = JSON.stringify(data.alarms);
   if (raised !== shown) byId("alarms").replaceChildren(...alarms(data)); // said once, not every few seconds
@@ -77,6 +103,7 @@ byId("key-form").addEventListener("submit", (/** @type {Event} */ event) => {
   poll();
 });
 
+byId("replica").addEventListener("change", () => choose(byId("replica").value));
 addEventListener("resize", () => requestAnimationFrame(() => latest && show(latest)));
 startPlayground(wantKey);
 poll();

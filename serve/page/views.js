@@ -5,11 +5,12 @@ import { bars, clock, lines, timeline } from "./charts.js";
 /**
  * @typedef {{time_s: number, speed_up: number | null, tokens_per_s: number | null, acceptance_length: number | null,
  *   emitted: number, domains: Record<string, [number, number]>, sources: Record<string, number>, version: number}} Point
- * @typedef {{time_s: number, kind: string, before: number, after: number}} Swap
+ * @typedef {{time_s: number, kind: string, before: number, after: number, replica: string}} Swap
  * @typedef {{kind: string, number: number, published_s: number, gated: number | null, rejected_s: number | null,
  *   reason: string}} Version
  * @typedef {{now_s: number, points: Point[], swaps: Swap[], versions: Version[], live: Record<string, number>,
- *   state: Record<string, number | null>, alarms: Record<string, string>}} Data
+ *   state: Record<string, number | null>, alarms: Record<string, string>,
+ *   replica: string, replicas: Record<string, Record<string, number> | null>}} Data
  */
 
 export const HOUR_S = 3600;
@@ -52,7 +53,7 @@ export function cards(data) {
     ["Speed-up (estimate)", last ? `${number(last.speed_up, 2)} ×` : "–"],
     ["Tokens a second of engine time", number(last?.tokens_per_s, 1)],
     ["Acceptance length", number(last?.acceptance_length, 2)],
-    ["Drafter version", data.live.eagle3 ? String(data.live.eagle3) : "none"],
+    ["Drafter version", drafting(data)],
     ["Trainer", alive],
     ["Time it computes", state.training_share === null ? "–" : percent(state.training_share)],
     ["Drift of the traffic", state.drift === null ? "–" : state.drift ? "yes" : "no"],
@@ -62,7 +63,19 @@ export function cards(data) {
     ["Traces dropped", number(state.traces_dropped_total, 0)],
     ["Requests refused", number(state.requests_refused_total, 0)],
   ];
+  const replicas = Object.values(data.replicas);
+  if (replicas.length) values.push(["Replicas", `${replicas.filter(Boolean).length} of ${replicas.length} answer`]);
   return values.map(([term, value]) => element("div", {}, element("dt", {}, term), element("dd", {}, value)));
+}
+
+/** @param {Data} data @returns {string} the neural drafter's version; of replicas that differ, each one's */
+function drafting(data) {
+  const shown = data.replica ? [] : Object.entries(data.replicas);
+  const each = shown.flatMap(([name, live]) => (live ? [{ name, version: live.eagle3 ?? 0 }] : []));
+  if (new Set(each.map(({ version }) => version)).size > 1) {
+    return each.map(({ name, version }) => `${name}: ${version || "none"}`).join(", ");
+  }
+  return data.live.eagle3 ? String(data.live.eagle3) : "none";
 }
 
 /** @param {Data} data */
@@ -184,7 +197,7 @@ function history(data, kind) {
     ...versions.map((v) => event(v.published_s, v.number, "published", "○", `published${gated(v)}`)),
     ...data.swaps.filter((swap) => swap.kind === kind).map((swap) => {
       const what = swap.before ? `swapped in after ${swap.before}` : "drafts since the start";
-      return event(swap.time_s, swap.after, "swapped", "▲", what);
+      return event(swap.time_s, swap.after, "swapped", "▲", swap.replica ? `${what}, ${swap.replica}` : what);
     }),
     ...rejected.map((v) => event(v.rejected_s ?? 0, v.number, "rejected", "✕", `rejected: ${v.reason}`)),
   ];

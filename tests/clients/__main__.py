@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -41,16 +41,18 @@ class Row(NamedTuple):
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Exit code 1 if a client failed."""
+    """Exit code 1 if a client failed. Rows are said as they come: what fails later does not take them away."""
     lm_eval, *flags = arguments
     model = export_default_model(cache_root())
     rows: list[Row] = []
+    print("| client | version | exercised | outcome |\n|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory(prefix="aurora-clients-") as scratch:
         place = Path(scratch)
         tasks = write_tasks(place)
         server = started(place / "speculating", *flags)
         try:
-            rows += [*exercised(server.url), bench(server.url, model)]
+            rows += said(exercised(server.url))
+            rows += said([bench(server.url, model)])
             speculating = scores(lm_eval, server.url, model, tasks, place / "with")
         finally:
             server.stop()
@@ -59,11 +61,15 @@ def main(arguments: Sequence[str]) -> int:
             plain = scores(lm_eval, server.url, model, tasks, place / "without")
         finally:
             server.stop()
-    rows.append(compared(lm_eval, speculating, plain))
-    print("| client | version | exercised | outcome |\n|---|---|---|---|")
-    for row in rows:
-        print(f"| {' | '.join(row)} |")
+    rows += said([compared(lm_eval, speculating, plain)])
     return int(any(row.outcome.startswith("fails") for row in rows))
+
+
+def said(rows: Iterable[Row]) -> Iterator[Row]:
+    """The same rows, each printed."""
+    for row in rows:
+        print(f"| {' | '.join(row)} |", flush=True)
+        yield row
 
 
 def started(run_dir: Path, *flags: str) -> LocalServer:
