@@ -24,7 +24,9 @@ from aurora.node_roles import await_roles
 from aurora.placement import as_configured, ray_nodes
 from aurora.ray_access import require_token, stay_on_loopback
 from aurora.replicas import supervise
+from aurora.run_directory import only_server_of
 from aurora.standby import Standby
+from aurora.start_notice import StartNotice
 from aurora.stop_signals import StopSignals
 
 log = logging.getLogger(__name__)
@@ -39,16 +41,23 @@ _ROOT = Path(__file__).resolve().parent.parent
 def serve(config: AuroraConfig) -> int:
     """Serve until interrupted; returns the exit code. Raises UserError for what the user can mend, before serving."""
     from serve.access import read_api_keys, refuse_exposure
+    from serve.listen import bind
 
     config = config.model_copy(update={"run_dir": config.run_dir.expanduser().resolve()})
     keys = read_api_keys(config.server.api_key_file, os.environ)
     refuse_exposure(config.server, keys)
     require_token(config.server.insecure)
-    model_dir = model_directory(resolve_model(config.model, config.cache_dir))
-    _make_run_dir(config.run_dir)
+    bind(config.server.host, config.server.port).close()  # before the minutes that a start may take
+    with only_server_of(config.run_dir):
+        model_dir = model_directory(resolve_model(config.model, config.cache_dir))
+        return _serve(config, model_dir, keys)
+
+
+def _serve(config: AuroraConfig, model_dir: Path, keys: list[str]) -> int:
     _start_ray(config)
     import ray
 
+    print(f"aurora: {config.model} starts; its processes write to {ray_logs()}", flush=True)
     try:
         if config.cluster.address is not None:
             _say_placement(config, model_dir)
@@ -129,7 +138,7 @@ def _announce(deployment: Deployment, running: Any, stopping: StopSignals) -> st
     import ray
 
     address = deployment.server.address.remote()
-    ready, _ = ray.wait([address, running], num_returns=1, timeout=deployment.config.server.start_timeout_s)
+    ready = _first_of([address, running], deployment.config.server.start_timeout_s)
     if not ready:
         raise UserError(
             f"the server did not start within {deployment.config.server.start_timeout_s:.0f} s; "
@@ -144,6 +153,19 @@ def _announce(deployment: Deployment, running: Any, stopping: StopSignals) -> st
     stopping.serving = True
     print(f"aurora: {deployment.config.model} answers at {url}/v1", flush=True)
     return url
+
+
+def _first_of(awaited: list[Any], limit_s: float) -> list[Any]:
+    """What of it is there first; nothing after `limit_s`. Says meanwhile that the start goes on."""
+    import ray
+
+    notice = StartNotice()
+    while (rest_s := limit_s - notice.elapsed_s) > 0:
+        ready: list[Any] = ray.wait(awaited, num_returns=1, timeout=min(notice.rest_s, rest_s))[0]
+        if ready:
+            return ready
+        notice.look()
+    return []
 
 
 def _start_ray(config: AuroraConfig) -> None:
@@ -196,10 +218,3 @@ def _end(processes: set[psutil.Process]) -> None:
         with suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(processes, timeout=_CHILDREN_END_S)
-
-
-def _make_run_dir(directory: Path) -> None:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--run-dir {directory}: {error.strerror}; give a directory that can be written") from error

@@ -78,7 +78,8 @@ def _parse(where: str, line: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON: {error.msg} at column {error.colno}; write one object a line") from error
+        fault = f"{error.msg.removesuffix(' at')} at column {error.colno}"
+        raise UserError(f"{where}: not JSON: {fault}; write one object a line") from error
     except RecursionError as error:
         raise UserError(f"{where}: JSON nested too deeply; write one flat object a line") from error
     if not isinstance(row, dict):

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from aurora.config import UserError
 from aurora.deployment import Deployment, ray_logs, replica_name
 from aurora.standby import Standby
+from aurora.start_notice import StartNotice
 from aurora.stop_signals import StopSignals
 
 log = logging.getLogger(__name__)
@@ -190,6 +191,7 @@ def supervise(deployment: Deployment) -> int:
     stopping = StopSignals(router.stop.remote, fleet.kill)
     url, running = _start_router(router)
     fleet.scale(config.cluster.replicas)
+    notice = StartNotice()
     try:
         while stopping.serving or not stopping.received:
             done, _ = ray.wait([running], timeout=_LOOK_S)
@@ -203,6 +205,8 @@ def supervise(deployment: Deployment) -> int:
             if not stopping.serving and fleet.serving:
                 stopping.serving = True
                 print(f"aurora: {config.model} answers at {url}/v1", flush=True)
+            elif not stopping.serving:
+                notice.look()
         return 0
     finally:
         fleet.end(config.server.drain_s + _TELL_S)

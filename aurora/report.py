@@ -82,8 +82,12 @@ def read_run(file: Path) -> BenchRun | TrafficRun:
         if not list(result.rows()):
             raise ValueError("no round of it was measured")
         return BenchRun(str(file), result, dict(kept["options"]), dict(kept.get("versions", {})))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file}: {error!r}; {_REMEDY}") from error
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}; {_REMEDY}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: not JSON; {_REMEDY}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file}: not what either of them writes ({error!r}); {_REMEDY}") from error
 
 
 def versions() -> dict[str, str]:

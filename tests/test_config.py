@@ -49,6 +49,22 @@ def test_a_bad_file_is_refused_in_one_line_that_names_the_key(tmp_path: Path, te
     assert isinstance(caught.value, UserError)
 
 
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("trainer.dutty", "did you mean trainer.duty? "),
+        ("sever", "did you mean server? "),
+        ("publish_interval_s", "did you mean trainer.publish_interval_s? "),
+        ("trainer.enabled_", "did you mean trainer.enabled? "),
+        ("nope", ""),
+    ],
+)
+def test_an_unknown_key_is_met_with_what_may_have_been_meant(key: str, meant: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, {key: 1})
+    assert str(caught.value) == f"{key}: unknown key; {meant}see `aurora config show`"
+
+
 def test_a_missing_or_binary_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No such file"):
         load_config(tmp_path / "none.yaml", {})

@@ -1,15 +1,20 @@
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import pytest
 import ray
 
-from aurora.config import AuroraConfig, UserError
-from aurora.launch import _start_ray
+from aurora.config import AuroraConfig, ServerConfig, UserError
+from aurora.launch import _start_ray, serve
+from aurora.run_directory import only_server_of
+from aurora.start_notice import StartNotice
 from aurora.stop_signals import StopSignals
+from serve.listen import bind
 
 
 @pytest.fixture
@@ -74,3 +79,49 @@ def test_a_ray_that_is_late_gets_another_try_and_other_errors_pass(monkeypatch: 
     with pytest.raises(ValueError, match="a setting"):
         _start_ray(AuroraConfig())
     started.pop().kill()
+
+
+def test_a_run_directory_has_one_server_at_a_time(tmp_path: Path) -> None:
+    code = "import sys, time; from pathlib import Path; from aurora.run_directory import only_server_of\n"
+    code += "with only_server_of(Path(sys.argv[1])): print('has it', flush=True); time.sleep(600)"
+    directory = tmp_path / "runs" / "first"
+    with subprocess.Popen([sys.executable, "-c", code, str(directory)], stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"has it\n"
+        refused = pytest.raises(UserError, match=rf"--run-dir .*first: another `aurora serve` \(process {other.pid}\)")
+        with refused, only_server_of(directory):
+            pass
+        other.kill()  # however it ends, the next one may have it
+        other.wait()
+    for _ in range(2):
+        with only_server_of(directory):
+            assert int((directory / ".serving").read_text()) == os.getpid()
+
+
+def test_a_run_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    refused = pytest.raises(UserError, match=r"--run-dir .*file/run: Not a directory; give a directory")
+    with refused, only_server_of(tmp_path / "file" / "run"):
+        pass
+
+
+def test_a_taken_port_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    with bind("127.0.0.1", 0) as sock:
+        sock.listen()
+        port = sock.getsockname()[1]
+        config = AuroraConfig(run_dir=tmp_path / "run", server=ServerConfig(port=port))
+        with pytest.raises(UserError, match=f"cannot listen on 127.0.0.1:{port}: Address already in use; choose"):
+            serve(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_long_start_says_every_half_minute_that_it_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+    now = [0.0]
+    notice = StartNotice(lambda: now[0])
+    for now[0] in (10.0, 29.0, 31.0, 45.0, 59.0, 62.0):
+        notice.look()
+    assert capsys.readouterr().out.splitlines() == [
+        "aurora: still starting after 31 s",
+        "aurora: still starting after 62 s",
+    ]
+    assert notice.rest_s == 30.0

@@ -48,6 +48,7 @@ def test_a_line_separator_inside_a_string_ends_no_line(tmp_path):
     ("line", "reason"),
     [
         ('{"prompt": ', "not JSON: Expecting value at column 12"),
+        ('{"prompt": "', "not JSON: Unterminated string starting at column 12"),
         ('["prompt"]', "a JSON list, not an object"),
         ('{"question": "a"}', "neither `prompt` nor `turns`"),
         ('{"prompt": 3}', "`prompt` must be a non-empty string, got '3'"),

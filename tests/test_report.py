@@ -127,7 +127,7 @@ def test_files_that_do_not_fit_are_named(tmp_path: Path) -> None:
         broken.write_text(content)
         with pytest.raises(UserError, match=r"broken.json: .*; give files that `aurora bench --json`"):
             read_run(broken)
-    with pytest.raises(UserError, match=r"missing.json: FileNotFoundError"):
+    with pytest.raises(UserError, match=r"missing.json: No such file or directory; give files"):
         read_run(tmp_path / "missing.json")
     with pytest.raises(UserError, match=r"--html .*: no such directory"):
         ReportOptions((bench,), tmp_path / "no" / "out.html")
