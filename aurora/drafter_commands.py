@@ -193,7 +193,10 @@ def take_in(options: StoreOptions, directory: Path, model: str | None, cache_dir
 
         def write(staging: Path) -> None:
             copy_files(source, staging, options.kind)
-            check_drafter(staging, options.kind, target, like.path if like is not None else None)
+            try:
+                check_drafter(staging, options.kind, target, like.path if like is not None else None)
+            except DrafterRefused as error:  # the copy is gone when this is read
+                raise DrafterRefused(str(error).replace(str(staging), str(source))) from error
 
         parent = like.number if like is not None else None
         metadata = {

@@ -28,6 +28,7 @@ from aurora.run_directory import only_server_of
 from aurora.standby import Standby
 from aurora.start_notice import StartNotice
 from aurora.stop_signals import StopSignals
+from aurora.store import READY
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ def serve(config: AuroraConfig) -> int:
     refuse_exposure(config.server, keys)
     require_token(config.server.insecure)
     bind(config.server.host, config.server.port).close()  # before the minutes that a start may take
+    _check_first_drafter(config)
     with only_server_of(config.run_dir):
         model_dir = model_directory(resolve_model(config.model, config.cache_dir))
         return _serve(config, model_dir, keys)
@@ -68,6 +70,25 @@ def _serve(config: AuroraConfig, model_dir: Path, keys: list[str]) -> int:
             deployment.close()
     finally:
         ray.shutdown()
+
+
+def _check_first_drafter(config: AuroraConfig) -> None:
+    """Raise UserError for a `--drafter` that is none, and say so when it is left aside; files alone are looked at.
+
+    A store with versions goes on with its newest, so that the same command line may start a server again.
+    """
+    given = config.speculation.drafter
+    if given is None or not config.speculation.enabled:
+        return
+    if any(config.store_dir.glob(f"v*/{READY}")):
+        log.warning(
+            "--drafter %s is left aside: %s has versions and goes on with the newest; to begin with this one give "
+            "another --run-dir, or publish it there with `aurora drafters import`",
+            given,
+            config.store_dir,
+        )
+    elif config.cluster.address is None and not (given.expanduser() / "config.json").is_file():
+        raise UserError(f"--drafter {given}: no config.json there; give a drafter's directory, or leave it out")
 
 
 def _say_placement(config: AuroraConfig, model_dir: Path) -> None:

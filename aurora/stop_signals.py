@@ -1,11 +1,15 @@
 """SIGINT and SIGTERM for whoever keeps a deployment running."""
 
+import os
 import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 from types import FrameType
+
+_DRAINS = b"aurora: stops once the open requests have ended; a second signal does not wait for them\n"
+_ENDS = b"aurora: stops; nothing is being served\n"
 
 
 class StopSignals:
@@ -32,5 +36,7 @@ class StopSignals:
         if self.received:
             sys.exit(128 + number)
         self.received = True
+        with suppress(OSError):  # not print: what it writes to may be in the middle of a line of this very thread
+            os.write(sys.stderr.fileno(), _DRAINS if self.serving else _ENDS)
         self._queue.put(number)
         (self._drain if self.serving else self._kill)()

@@ -30,6 +30,8 @@ def check_files(directory: Path, kind: str) -> None:
 
     No link is followed, nothing in a folder below is read, and no file refers to another place or to code.
     """
+    if not directory.exists():
+        raise DrafterRefused(f"{directory}: no such directory; give the directory of a drafter")
     if directory.is_symlink() or not directory.is_dir():
         raise DrafterRefused(f"{directory}: not a directory of its own; give the drafter's directory itself")
     for path in sorted(directory.iterdir()):

@@ -248,7 +248,9 @@ def test_what_a_server_would_refuse_is_not_imported(how: str, run: Run, run_dir:
     out = tmp_path / "out"
     run("export", 2, out)
     spoil(out)
-    assert said in run("import", out, code=2)
+    message = run("import", out, code=2)
+    assert said in message
+    assert str(out) in message, "not its copy, which is gone"
     assert DrafterStore(run_dir / "drafters").versions() == [1, 2, 3]
     assert not list((run_dir / "drafters").glob(".publish-*"))
 

@@ -9,8 +9,8 @@ import psutil
 import pytest
 import ray
 
-from aurora.config import AuroraConfig, ServerConfig, UserError
-from aurora.launch import _start_ray, serve
+from aurora.config import AuroraConfig, ServerConfig, SpeculationConfig, UserError
+from aurora.launch import _check_first_drafter, _start_ray, serve
 from aurora.run_directory import only_server_of
 from aurora.start_notice import StartNotice
 from aurora.stop_signals import StopSignals
@@ -26,7 +26,9 @@ def handlers() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-def test_a_stop_ends_the_pause_before_a_restart_and_the_second_one_ends_the_process(handlers: None) -> None:
+def test_a_stop_ends_the_pause_before_a_restart_and_the_second_one_ends_the_process(
+    handlers: None, capfd: pytest.CaptureFixture[str]
+) -> None:
     asked: list[str] = []
     signals = StopSignals(lambda: asked.append("stop"), lambda: asked.append("kill"))
     signals.serving = True
@@ -39,6 +41,9 @@ def test_a_stop_ends_the_pause_before_a_restart_and_the_second_one_ends_the_proc
         os.kill(os.getpid(), signal.SIGINT)
     assert end.value.code == 128 + signal.SIGINT
     assert asked == ["stop"], "asked to stop once"
+    assert capfd.readouterr().err == (
+        "aurora: stops once the open requests have ended; a second signal does not wait for them\n"
+    )
 
 
 def test_what_is_not_served_yet_is_not_asked_to_stop(handlers: None) -> None:
@@ -113,6 +118,26 @@ def test_a_taken_port_is_refused_before_anything_is_made(tmp_path: Path) -> None
         with pytest.raises(UserError, match=f"cannot listen on 127.0.0.1:{port}: Address already in use; choose"):
             serve(config)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_first_drafter_that_is_none_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    given = SpeculationConfig(drafter=tmp_path / "mine")
+    config = AuroraConfig(run_dir=tmp_path / "run", server=ServerConfig(port=0), speculation=given)
+    with pytest.raises(UserError, match=r"--drafter .*mine: no config.json there; give a drafter's directory"):
+        serve(config)
+    assert not config.run_dir.exists()
+
+
+def test_a_first_drafter_that_comes_too_late_is_left_aside_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "drafters" / "v000001").mkdir(parents=True)
+    config = AuroraConfig(run_dir=tmp_path, speculation=SpeculationConfig(drafter=tmp_path / "mine"))
+    with pytest.raises(UserError):
+        _check_first_drafter(config)
+    (config.store_dir / "v000001" / "READY").touch()
+    _check_first_drafter(config)
+    assert f"mine is left aside: {config.store_dir} has versions" in caplog.text
 
 
 def test_a_long_start_says_every_half_minute_that_it_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
