@@ -199,6 +199,7 @@ def test_a_first_import_names_its_target(run: Run, directory: Path, tmp_path: Pa
     assert "version 1 is the latest" in run("import", out, "--model", directory, where=fresh)
     other = write_target(tmp_path / "other", seed=5)
     assert "trained for another model" in run("import", out, "--model", other, where=tmp_path / "x", code=2)
+    assert "gone: no such directory" in run("import", tmp_path / "gone", where=fresh, code=2)
     assert not list((tmp_path / "x/drafters").glob("v*"))
 
 
