@@ -56,7 +56,7 @@ class Frame:
         cell = (width - 2 * (columns - 1)) // columns
         sections = list(_sections(self, cell, blocks))
         for at in range(0, len(sections), columns):
-            yield _side_by_side(sections[at : at + columns], cell)
+            yield _side_by_side(sections[at : at + columns], cell, width - (columns - 1) * (cell + 2))
         used = 1 + -(-len(sections) // columns) * (_LINES + 1)
         alarms = _alarms(self)
         yield _heading("Alarms")
@@ -71,10 +71,11 @@ def _heading(title: str) -> Rule:
     return Rule(Text(title, "bold"), align="left", style="dim")
 
 
-def _side_by_side(sections: Sequence[Section], width: int) -> Table:
+def _side_by_side(sections: Sequence[Section], width: int, last: int) -> Table:
+    """Each `width` wide but the last one, which ends where the screen does."""
     grid = Table.grid(padding=(0, 2, 0, 0), pad_edge=False)
-    for _ in sections:
-        grid.add_column(width=width, no_wrap=True, overflow="ellipsis")
+    for i in range(len(sections)):
+        grid.add_column(width=last if i == len(sections) - 1 else width, no_wrap=True, overflow="ellipsis")
     grid.add_row(*(_heading(title) for title, _ in sections))
     for row in zip_longest(*(lines[:_LINES] for _, lines in sections), fillvalue=Text()):
         grid.add_row(*row)

@@ -11,10 +11,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from msgspec.structs import replace
 
 from aurora.metrics import EngineReport, speed_up
-from serve.history import COUNTS, SWAPS, Hour, Point, Swap, Version, most_drafted
+from serve.history import COUNTS, GAUGES, SWAPS, Hour, Point, Swap, Version, most_drafted
 
 SPAN_S = 10.0  # of a merged point: each busy replica tells at least once
 _LATE_S = 2.0  # that a replica's clock may be behind
+_STATE = tuple(name.removeprefix("aurora_") for name in (*GAUGES, *COUNTS))
 _ADDED = frozenset(name.removeprefix("aurora_") for name in (*COUNTS, "aurora_traces_waiting"))
 _WORST_IS_LOW = frozenset({"trainer_alive"})
 
@@ -133,7 +134,7 @@ def _newest(lives: Iterable[Mapping[str, int]]) -> dict[str, int]:
 def _state(states: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
     """Counts add up; of anything else the worst replica's."""
     kept: dict[str, float | None] = {}
-    for name in dict.fromkeys(name for state in states for name in state):
+    for name in _STATE:
         values = [value for state in states if (value := state.get(name)) is not None]
         how = sum if name in _ADDED else min if name in _WORST_IS_LOW else max
         kept[name] = how(values) if values else None

@@ -92,7 +92,9 @@ def test_counts_of_the_state_add_up_and_of_the_rest_the_worst_is_told() -> None:
     a = {"swaps_total": 2.0, "trainer_alive": 1.0, "drift": 0.0, "training_share": None, "traces_waiting": 3.0}
     b = {"swaps_total": 1.0, "trainer_alive": 0.0, "drift": 1.0, "training_share": None, "traces_waiting": None}
     expected = {"swaps_total": 3.0, "trainer_alive": 0.0, "drift": 1.0, "training_share": None, "traces_waiting": 3.0}
-    assert _both(_hour(state=a), _hour(state=b)).state == expected
+    state = _both(_hour(state=a), _hour(state=b)).state
+    assert {name: state[name] for name in expected} == expected
+    assert state["rollbacks_total"] is None, "nobody told"
 
 
 def test_an_alarm_names_who_raised_it() -> None:
@@ -112,3 +114,4 @@ def test_one_replica_alone_is_shown_as_it_says_itself() -> None:
 def test_nobody_answers() -> None:
     hour = merged({}, ["a", "b"], 0.0, 100.0)
     assert (hour.points, hour.live, hour.replicas) == ([], {}, {"a": None, "b": None})
+    assert hour.state["trainer_alive"] is None, "the page knows all of them"

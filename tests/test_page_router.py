@@ -14,7 +14,7 @@ from fastapi.responses import Response
 from serve import page
 from serve.access import PAGE_DATA_PATH
 from serve.fleet import Fleet
-from serve.history import Hour, Point, Swap
+from serve.history import COUNTS, GAUGES, Hour, Point, Swap
 from serve.router import RouterApp
 from tests.browser import browser
 from tests.local_http import serving
@@ -43,7 +43,8 @@ def _hour(emitted: int, speed_up: float, version: int, domain: str) -> Hour:
         for i in range(40)
     ]
     swaps = [Swap(BEGAN_S + 60, "eagle3", version - 1, version)]
-    state = {"swaps_total": 1.0, "trainer_alive": 1.0, "training_share": 0.5, "drift": 0.0}
+    state: dict[str, float | None] = dict.fromkeys(name.removeprefix("aurora_") for name in (*GAUGES, *COUNTS))
+    state |= {"swaps_total": 1.0, "trainer_alive": 1.0, "training_share": 0.5, "drift": 0.0}
     return Hour(time.time(), points, swaps, [], {"eagle3": version}, state, {})
 
 
@@ -140,6 +141,7 @@ def test_the_page_shows_the_fleet_or_one_of_it(fleet: SimpleNamespace) -> None:
         tab.goto(f"{fleet.url}/aurora")
         tab.locator("#connection.live").wait_for()
         assert "server-0: 3, server-1: 4" in tab.locator("#cards").inner_text()
+        assert "NaN" not in tab.locator("#cards").inner_text()
         assert "2 of 2 answer" in tab.locator("#cards").inner_text()
         assert "1.50 at last" in tab.locator("#speed svg").get_attribute("aria-label")
         assert "server-1" in tab.locator("#versions tbody").inner_text()
