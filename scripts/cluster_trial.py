@@ -12,6 +12,7 @@ two serve --model and send --prompts, the others a tiny random model and made-up
 
 import argparse
 import shlex
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -71,46 +72,44 @@ Found = tuple[list[Row], list[Table]]
 
 
 def faults(work: Work) -> Found:
-    rows, lines = [], []
-    with running(work.directory / "faults") as nodes:
-        flags = (*TINY, "--set=server.start_timeout_s=600")
-        for each in trial_faults.suffer_all(nodes, work.tiny, work.directory / "faults-run", flags, work.options.fault):
-            work.say(f"{each.fault}: {each.failed} of {each.requests} failed, {each.outcomes}")
-            numbers = {
-                "requests": each.requests,
-                "failed": each.failed,
-                "longest_silence_s": each.silence_s,
-                "recovered_s": each.recovered_s,
-                "versions_lost": each.versions_lost,
-                "traces_dropped": each.traces_dropped,
-            }
-            baselines = {"longest_silence_s": each.usual_silence_s}
-            rows += [
-                Row(
-                    "cluster_faults",
-                    each.fault,
-                    "shared directory",
-                    name,
-                    float(value),
-                    baselines.get(name),
-                    work.command,
-                )
-                for name, value in numbers.items()
-            ]
-            lines.append(
-                (
-                    each.fault,
-                    f"{each.lasted_s:g}",
-                    f"{each.failed} of {each.requests}",
-                    f"{each.silence_s:.1f} ({each.usual_silence_s:.1f})",
-                    f"{each.recovered_s:.0f}",
-                    each.versions_lost,
-                    f"{each.traces_dropped:g}",
-                )
-            )
-            print(lines[-1], flush=True)
+    rows, lines = list[Row](), list[tuple[object, ...]]()
+    wanted = trial_faults.chosen(work.options.fault)
+    for durable in sorted({fault.durable for fault in wanted}, reverse=True):
+        name = "faults" if durable else "faults-forgetful"
+        with running(work.directory / name, durable=durable) as nodes:
+            these = [fault for fault in wanted if fault.durable == durable]
+            for each in trial_faults.suffer_all(nodes, work.tiny, work.directory / f"{name}-run", TINY, these):
+                work.say(f"{each.fault}: {each}")
+                rows += _fault_rows(each, work.command)
+                lines.append(_fault_line(each))
     heads = ("fault", "lasts, s", "failed", "silence, s", "recovered, s", "versions lost", "traces dropped")
     return rows, [Table("Faults", heads, lines)]
+
+
+def _fault_rows(each: trial_faults.Suffered, command: str) -> Iterator[Row]:
+    numbers = {
+        "requests": each.requests,
+        "failed": each.failed,
+        "longest_silence_s": each.silence_s,
+        "recovered_s": each.recovered_s,
+        "versions_lost": each.versions_lost,
+        "traces_dropped": each.traces_dropped,
+    }
+    for name, value in numbers.items():
+        baseline = each.usual_silence_s if name == "longest_silence_s" else None
+        yield Row("cluster_faults", each.fault, "shared directory", name, float(value), baseline, command)
+
+
+def _fault_line(each: trial_faults.Suffered) -> tuple[object, ...]:
+    return (
+        each.fault,
+        f"{each.lasted_s:g}",
+        f"{each.failed} of {each.requests}",
+        f"{each.silence_s:.1f} ({each.usual_silence_s:.1f})",
+        f"{each.recovered_s:.0f}",
+        each.versions_lost,
+        f"{each.traces_dropped:g}",
+    )
 
 
 def canary(work: Work) -> Found:
@@ -210,7 +209,7 @@ PARTS: dict[str, Callable[[Work], Found]] = {
 
 def _steps(options: argparse.Namespace) -> int:
     counts = {
-        "faults": sum(1 for f in trial_faults.FAULTS if not options.fault or f.name.startswith(tuple(options.fault))),
+        "faults": len(trial_faults.chosen(options.fault)),
         "throughput": 2 * options.rounds,
         "policies": len(trial_traffic.POLICIES) * options.rounds,
     }
@@ -260,6 +259,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # what was made is taken away then, too
     try:
         main()
     except UserError as error:

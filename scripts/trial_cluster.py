@@ -28,7 +28,14 @@ MACHINES = {
 }
 REPLICAS = ("replica-000", "replica-001")
 _RAY_PORT, _PORT = 6379, 8000
+_PORTS = (  # each machine has its own; for ports that its agents choose a raylet waits 15 s and no longer
+    "--metrics-export-port=8080",
+    "--dashboard-agent-listen-port=52365",
+    "--dashboard-agent-grpc-port=52366",
+    "--runtime-env-agent-port=52367",
+)
 _STORE_BYTES = 100 << 20
+_HANGS_S = 120.0
 _PAUSE_S = 2.0
 _LOOK_S = 0.5
 _START_LIMIT_S = 300.0
@@ -39,7 +46,6 @@ class Node:
 
     def __init__(self, network: Network, name: str, command: list[str], environment: dict[str, str], log: Path) -> None:
         self.name = name
-        self.starts = 0
         self._network = network
         self._command, self._environment, self._log = command, environment, log
         self._wanted = threading.Event()
@@ -54,7 +60,6 @@ class Node:
         while not self._over.is_set():
             if not self._wanted.wait(_LOOK_S):
                 continue
-            self.starts += 1
             with self._log.open("a") as log:
                 running = subprocess.Popen(
                     self._command,
@@ -64,8 +69,22 @@ class Node:
                     env=self._environment,
                     start_new_session=True,
                 )
+            self._end_if_it_hangs(running)
             running.wait()
             self._over.wait(_PAUSE_S)
+
+    def _end_if_it_hangs(self, running: "subprocess.Popen[bytes]") -> None:
+        """`ray start` waits for ever for a raylet that has ended."""
+        end_s, before = time.monotonic() + _HANGS_S, self.begun
+        while running.poll() is None and self.begun == before:
+            if time.monotonic() > end_s:
+                self._network.end(self.name)
+            time.sleep(_LOOK_S)
+
+    @property
+    def begun(self) -> int:
+        """Times that Ray has started here."""
+        return self._log.read_text(errors="replace").count("Ray runtime started") if self._log.exists() else 0
 
     def lose(self) -> None:
         """The machine is gone: its cable first, so that nobody hears the processes end."""
@@ -113,6 +132,7 @@ class RayNodes:
             f"--num-cpus={0 if name in ('head', 'router') else 1}",
             f"--resources={json.dumps(MACHINES[name])}",
             f"--object-store-memory={_STORE_BYTES}",
+            *_PORTS,
             *(where if name == "head" else [f"--address={self.address}"]),
         ]
         command = self.network.inside(name, command, mounts)
@@ -135,12 +155,14 @@ class RayNodes:
             node.begin()
             self.await_node(node.name)
 
-    def await_node(self, name: str, times: int = 1) -> None:
-        """Return when its `ray start` has succeeded so many times. Raises UserError when that takes too long."""
-        log, end_s = self.directory / f"{name}.log", time.monotonic() + _START_LIMIT_S
-        while not log.exists() or log.read_text(errors="replace").count("Ray runtime started") < times:
+    def await_node(self, name: str) -> None:
+        """Return when Ray has started there. Raises UserError when that takes too long."""
+        end_s = time.monotonic() + _START_LIMIT_S
+        while not self.nodes[name].begun:
             if time.monotonic() > end_s:
-                raise UserError(f"Ray did not start on {name} within {_START_LIMIT_S:g} s; see {log}")
+                raise UserError(
+                    f"Ray did not start on {name} within {_START_LIMIT_S:g} s; see {self.directory}/{name}.log"
+                )
             time.sleep(_LOOK_S)
 
     def said(self, pattern: str) -> Iterator[re.Match[str]]:

@@ -48,6 +48,7 @@ class Fault:
     strike: Callable[[Trial], None]
     mend: Callable[[Trial], None]
     over: Callable[[Trial, int], bool]  # the newest version before it
+    durable: bool = True  # whether the head keeps what it knows on disk
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,13 @@ FAULTS = (
     Fault("the first serving machine lost", 60, _lose("serve-a"), _give_back("serve-a"), _up_and_learns),
     Fault("head lost", 10, _lose("head"), _give_back("head"), _up_and_learns),
     Fault("router's machine lost", 10, _lose("router"), _serve_again("router"), _up_and_learns),
+    Fault("head lost with all it knew", 10, _lose("head"), _serve_again("head"), _up_and_learns, durable=False),
 )
+
+
+def chosen(names: Sequence[str]) -> list[Fault]:
+    """Those whose names begin so; all without names."""
+    return [fault for fault in FAULTS if not names or fault.name.startswith(tuple(names))]
 
 
 @contextmanager
@@ -200,9 +207,9 @@ def _ended(trial: Trial) -> Iterator[None]:
 
 
 def suffer_all(
-    nodes: RayNodes, model: Path, run_dir: Path, flags: Sequence[str], names: Sequence[str] = ()
+    nodes: RayNodes, model: Path, run_dir: Path, flags: Sequence[str], faults: Sequence[Fault]
 ) -> Iterator[Suffered]:
-    """Each fault after the other on one deployment; names: beginnings of those that are wanted, none for all."""
+    """Each fault after the other on one deployment."""
 
     def serve() -> ClusterServer:
         server = ClusterServer(nodes, str(model), run_dir, *flags)
@@ -211,6 +218,5 @@ def suffer_all(
 
     trial = Trial(nodes, serve(), serve)
     with _ended(trial):
-        for fault in FAULTS:
-            if not names or any(fault.name.startswith(name) for name in names):
-                yield suffer(trial, fault)
+        for fault in faults:
+            yield suffer(trial, fault)
