@@ -11,6 +11,7 @@ two serve --model and send --prompts, the others a tiny random model and made-up
 """
 
 import argparse
+import math
 import shlex
 import signal
 import sys
@@ -96,6 +97,8 @@ def _fault_rows(each: trial_faults.Suffered, command: str) -> Iterator[Row]:
         "traces_dropped": each.traces_dropped,
     }
     for name, value in numbers.items():
+        if math.isinf(value):  # it is not over, which the table says
+            continue
         baseline = each.usual_silence_s if name == "longest_silence_s" else None
         yield Row("cluster_faults", each.fault, "shared directory", name, float(value), baseline, command)
 
