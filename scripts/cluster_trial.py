@@ -39,6 +39,7 @@ TINY = (
     "--set=cluster.canary_s=20",
     "--set=reporter.mode=disabled",
 )
+_SINK_MIB = 2  # holds the traces of a short cut, not those of a long one
 _VERSIONS = 8  # swaps of each replica of which the transport is measured
 
 
@@ -79,7 +80,8 @@ def faults(work: Work) -> Found:
         name = "faults" if durable else "faults-forgetful"
         with running(work.directory / name, durable=durable) as nodes:
             these = [fault for fault in wanted if fault.durable == durable]
-            for each in trial_faults.suffer_all(nodes, work.tiny, work.directory / f"{name}-run", TINY, these):
+            flags = (*TINY, f"--set=capture.sink_mib={_SINK_MIB}")
+            for each in trial_faults.suffer_all(nodes, work.tiny, work.directory / f"{name}-run", flags, these):
                 work.say(f"{each.fault}: {each}")
                 rows += _fault_rows(each, work.command)
                 lines.append(_fault_line(each))

@@ -173,7 +173,8 @@ def _serve_again(*lost: str) -> Callable[[Trial], None]:
 
 
 def _learns(trial: Trial, before: int) -> bool:
-    return trial.learns_beyond(before)
+    alive = trial.server.samples("aurora_trainer_alive")
+    return trial.learns_beyond(before) and all(alive.get(name) for name in REPLICAS)
 
 
 def _up(trial: Trial, _before: int) -> bool:
@@ -181,7 +182,7 @@ def _up(trial: Trial, _before: int) -> bool:
 
 
 def _up_and_learns(trial: Trial, before: int) -> bool:
-    return trial.all_up() and trial.learns_beyond(before)
+    return trial.all_up() and _learns(trial, before)
 
 
 FAULTS = (
