@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 REPLICA_HEADER = b"x-aurora-replica"
 _CONNECT_S = 5.0
 _METRICS_S = 10.0
+_IDLE_S = 2.0  # of a connection before it is closed, well before a replica does so under a request (5 s, serve.listen)
 _SILENCE_S = 20
 _KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": _SILENCE_S * 1000}
 _LOOK_S = 1.0
@@ -64,7 +65,7 @@ class RouterApp:
 
     async def __aenter__(self) -> "RouterApp":
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S)
-        connector = aiohttp.TCPConnector(limit=0, socket_factory=_socket)
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE_S, socket_factory=_socket)
         self._session = aiohttp.ClientSession(timeout=timeout, connector=connector, auto_decompress=False)
         self._looking = asyncio.create_task(self._look_forever())
         return self
