@@ -81,6 +81,11 @@ class Node:
                 self._network.end(self.name)
             time.sleep(_LOOK_S)
 
+    def await_again(self, limit_s: float) -> None:
+        """Return when Ray has started here once more. Raises TimeoutError."""
+        before = self.begun
+        wait_for(lambda: self.begun > before, limit_s, f"Ray has started again on {self.name}")
+
     @property
     def begun(self) -> int:
         """Times that Ray has started here."""
@@ -120,7 +125,11 @@ class RayNodes:
             "RAY_DISABLE_IMPORT_WARNING": "1",
         }
         if durable:
-            self.environment |= {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(directory / "gcs")}
+            self.environment |= {
+                "RAY_gcs_storage": "rocksdb",
+                "RAY_gcs_storage_path": str(directory / "gcs"),
+                "RAY_gcs_rpc_server_reconnect_timeout_s": "600",  # that nodes wait for a head; Ray's 60 are soon over
+            }
         self.nodes = {name: self._node(name, hidden) for name in MACHINES}
 
     def _node(self, name: str, hidden: Path | None) -> Node:

@@ -1,11 +1,13 @@
 """What is lost when a part of the cluster is: machines and cables, one after the other, under traffic."""
 
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self
 
 from aurora.store import DrafterStore
 from scripts.trial_cluster import REPLICAS, ClusterServer, RayNodes, wait_for
@@ -48,7 +50,7 @@ class Fault:
     lasts_s: float
     strike: Callable[[Trial], None]
     mend: Callable[[Trial], None]
-    over: Callable[[Trial, int], bool]  # the newest version before it
+    over: Callable[[Trial, int], bool]  # the newest version when it was mended
     durable: bool = True  # whether the head keeps what it knows on disk
 
 
@@ -72,50 +74,49 @@ class Suffered:
 class Silence(Traffic):
     """Traffic that knows the longest time between two answers since it was last asked."""
 
-    def __post_init__(self) -> None:
+    def __enter__(self) -> Self:
         self._seen, self._since_s, self._longest_s = 0, time.monotonic(), 0.0
+        self._over = threading.Event()
+        self._looking = threading.Thread(target=self._look_forever, daemon=True)
+        self._looking.start()
+        return super().__enter__()
 
-    def look(self) -> None:
-        now_s = time.monotonic()
-        self._longest_s = max(self._longest_s, now_s - self._since_s)
-        if self.outcomes[200] > self._seen:
-            self._seen, self._since_s = self.outcomes[200], now_s
+    def __exit__(self, *error: Any) -> None:
+        self._over.set()
+        self._looking.join()
+        super().__exit__(*error)
+
+    def _look_forever(self) -> None:
+        while not self._over.wait(_LOOK_S):
+            now_s = time.monotonic()
+            self._longest_s = max(self._longest_s, now_s - self._since_s)
+            if self.outcomes[200] > self._seen:
+                self._seen, self._since_s = self.outcomes[200], now_s
 
     def longest_s(self) -> float:
         """And begin anew."""
-        self.look()
         longest, self._longest_s = self._longest_s, 0.0
         return longest
 
-    def wait(self, happened: Callable[[], bool], limit_s: float, what: str) -> float:
-        """Seconds until `happened()`, looking meanwhile."""
-        began_s = time.monotonic()
-        while not happened():
-            self.look()
-            if time.monotonic() - began_s > limit_s:
-                raise TimeoutError(f"after {limit_s:g} s: {what}")
-            time.sleep(_LOOK_S)
-        return time.monotonic() - began_s
-
     def more_answers(self, count: int, limit_s: float) -> None:
         wanted = self.outcomes[200] + count
-        self.wait(lambda: self.outcomes[200] >= wanted, limit_s, f"{count} more answers")
+        wait_for(lambda: self.outcomes[200] >= wanted, limit_s, f"{count} more answers")
 
 
 def suffer(trial: Trial, fault: Fault) -> Suffered:
     """Let it happen under traffic, mend it, and wait until it is over; inf seconds of recovery when it never is."""
     wait_for(trial.all_up, _SETTLE_S, "both replicas are up")
-    before, dropped = trial.newest(), _dropped(trial)
+    dropped = _dropped(trial)
     versions = set(trial.store.versions())
     with Silence(trial.server.url, mixed(trial.server.model_name())) as traffic:
         traffic.more_answers(_BEFORE, _SETTLE_S)
         usual = traffic.longest_s()
         fault.strike(trial)
-        began = time.monotonic()
-        traffic.wait(lambda: time.monotonic() - began >= fault.lasts_s, fault.lasts_s + 60, "time")
+        time.sleep(fault.lasts_s)
         fault.mend(trial)
+        before = trial.newest()
         try:
-            recovered = traffic.wait(lambda: fault.over(trial, before), _SETTLE_S, f"{fault.name} is over")
+            recovered = wait_for(lambda: fault.over(trial, before), _SETTLE_S, f"{fault.name} is over")
             traffic.more_answers(_BEFORE, _SETTLE_S)
         except TimeoutError:
             recovered = math.inf
@@ -172,6 +173,16 @@ def _serve_again(*lost: str) -> Callable[[Trial], None]:
     return mend
 
 
+def _head_back(trial: Trial) -> None:
+    """And a process that dies afterwards is started anew, which takes a head that knows the actors."""
+    head = trial.nodes.nodes["head"]
+    head.give_back()
+    head.await_again(_SETTLE_S)
+    for process in trial.nodes.network.processes("train"):
+        if process.name().startswith("ray::Trainer"):
+            process.kill()
+
+
 def _learns(trial: Trial, before: int) -> bool:
     alive = trial.server.samples("aurora_trainer_alive")
     return trial.learns_beyond(before) and all(alive.get(name) for name in REPLICAS)
@@ -192,7 +203,7 @@ FAULTS = (
     Fault("a serving machine's cable out, short", 8, _pull("serve-b", False), _pull("serve-b", True), _up),
     Fault("a serving machine lost", 60, _lose("serve-b"), _give_back("serve-b"), _up_and_learns),
     Fault("the first serving machine lost", 60, _lose("serve-a"), _give_back("serve-a"), _up_and_learns),
-    Fault("head lost", 10, _lose("head"), _give_back("head"), _up_and_learns),
+    Fault("head lost", 10, _lose("head"), _head_back, _up_and_learns),
     Fault("router's machine lost", 10, _lose("router"), _serve_again("router"), _up_and_learns),
     Fault("head lost with all it knew", 10, _lose("head"), _serve_again("head"), _up_and_learns, durable=False),
 )
