@@ -167,7 +167,8 @@ def _serve_again(*lost: str) -> Callable[[Trial], None]:
 
     def mend(trial: Trial) -> None:
         _give_back(*lost)(trial)
-        trial.server.process.wait(_SETTLE_S)
+        code = trial.server.process.wait(_SETTLE_S)
+        trial.server.log.rename(trial.server.log.with_name(f"serve-ended-{code}.log"))
         trial.server = trial.serve()
 
     return mend
