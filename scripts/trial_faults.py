@@ -56,7 +56,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Suffered:
-    """What one fault cost. Seconds of recovery count from when it was mended."""
+    """What one fault cost. Seconds of recovery count from when the machine or cable was back."""
 
     fault: str
     lasted_s: float
@@ -113,10 +113,12 @@ def suffer(trial: Trial, fault: Fault) -> Suffered:
         usual = traffic.longest_s()
         fault.strike(trial)
         time.sleep(fault.lasts_s)
+        mended_s = time.monotonic()
         fault.mend(trial)
         before = trial.newest()
         try:
-            recovered = wait_for(lambda: fault.over(trial, before), _SETTLE_S, f"{fault.name} is over")
+            wait_for(lambda: fault.over(trial, before), _SETTLE_S, f"{fault.name} is over")
+            recovered = time.monotonic() - mended_s
             traffic.more_answers(_BEFORE, _SETTLE_S)
         except TimeoutError:
             recovered = math.inf
