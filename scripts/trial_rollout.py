@@ -6,16 +6,23 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
+from typing import Any
 
 import torch
 
+from aurora.scrape import parse_samples
 from aurora.store import DrafterStore
 from scripts.trial_cluster import REPLICAS, ClusterServer, RayNodes, wait_for
 from tests.faults.test_drafters import changed
 from tests.faults.traffic import Traffic, mixed
+from tests.integration.process import random_prompts
 
 _LIMIT_S = 600.0
 _LOOK_S = 0.2
+_MEASURE_S = 5.0
+_OFTEN = 0.3  # of the first tokens
+_VERSIONS = 200  # without learning that much
 _CAME = r"drafter version (\d+) came to (\S+): (\d+) bytes, ([\d.]+) s"
 _LIVE = r"eagle3 version (\d+) is live after a stall of ([\d.]+) s"
 
@@ -37,11 +44,16 @@ class CanaryRun:
 
 
 def try_worse(nodes: RayNodes, server: ClusterServer) -> CanaryRun:
-    """Publish a drafter with its head's rows in disorder while the trainer stands still."""
+    """Publish a drafter with its head's rows in disorder while the trainer stands still.
+
+    Before that it learns a few prompts until its first tokens are often right: of one that is hardly ever right nothing
+    is clearly worse.
+    """
     store = DrafterStore(server.run_dir / "drafters")
     trainers = [p for p in nodes.network.processes("train") if p.name().startswith("ray::Trainer")]
-    with Traffic(server.url, mixed(server.model_name())) as traffic:
-        wait_for(lambda: _common(server) >= 2, _LIMIT_S, "both have a version of the trainer's")
+    with Traffic(server.url, _familiar(server.model_name())) as traffic:
+        while _right(server) < _OFTEN:
+            assert _common(server) < _VERSIONS, "the drafter does not learn"
         for trainer in trainers:
             trainer.suspend()  # nothing newer hides what is published here
         try:
@@ -58,6 +70,35 @@ def try_worse(nodes: RayNodes, server: ClusterServer) -> CanaryRun:
         requests, failed = sum(traffic.outcomes.values()) - before[0], traffic.failed - before[1]
     found = {name: seen[name] | later[name] for name in REPLICAS}
     return CanaryRun(worse, took, found, requests, failed, store.rejection(worse) or "")
+
+
+def _familiar(model: str) -> Callable[[Random], dict[str, Any]]:
+    """Greedy requests with one of a few prompts."""
+    prompts = random_prompts(8)
+    return lambda rng: {
+        "model": model,
+        "prompt": rng.choice(prompts),
+        "max_tokens": 48,
+        "temperature": 0,
+        "ignore_eos": True,
+    }
+
+
+def _right(server: ClusterServer) -> float:
+    """Share of drafts whose first token was right, in the next seconds."""
+    before = _first_drafts(server)
+    time.sleep(_MEASURE_S)
+    (right, of), (right_before, of_before) = _first_drafts(server), before
+    return (right - right_before) / (of - of_before) if of > of_before else 0.0
+
+
+def _first_drafts(server: ClusterServer) -> tuple[float, float]:
+    page = parse_samples(server.get("/metrics"))
+    right, of = (
+        sum(value for labels, value in page.get(name, {}).items() if dict(labels)["position"] == "0")
+        for name in ("aurora_accepted_at_total", "aurora_verified_at_total")
+    )
+    return right, of
 
 
 def _common(server: ClusterServer) -> int:
