@@ -137,7 +137,9 @@ class SpeculationConfig(_Branch):
 class CaptureConfig(_Branch):
     """Traces from the engine to the trainer."""
 
-    sink_mib: int = Field(256, ge=1, description="bound of the trace queue; beyond it the oldest are dropped")
+    sink_mib: int = Field(
+        256, ge=1, description="bound of the traces in the engine, and again of those that wait for the trainer"
+    )
     prompt_tokens: int = Field(256, ge=0, description="newest prompt tokens of each request whose features are kept")
     codec: Literal["bf16", "int8", "compact", "tiny"] = Field(
         "compact", description="form of the target's states in traces"

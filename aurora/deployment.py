@@ -31,8 +31,8 @@ class Deployment:
         self._trainer_name = self._name("trainer") if config.learning else None
         self._source_name = self._name("drafters") if config.ships_drafters else None
         self.reporter = self._make_reporter() if self._reporter_name is not None else None
-        placement = self._make_source(self._source_name) if self._source_name is not None else None
-        self.trainer = self._make_trainer(placement) if self._trainer_name is not None else None
+        place = self._make_source(self._source_name) if self._source_name is not None else {}
+        self.trainer = self._make_trainer(place) if self._trainer_name is not None else None
         self.router: Any = None  # of several servers
         self.server: Any = None  # the only one
         if config.routed:
@@ -65,15 +65,15 @@ class Deployment:
 
         return make_reporter_actor(self.config, self._reporter_name)
 
-    def _make_source(self, name: str) -> Any:
-        """The actor that hands out drafters; gives where it and the trainer must be."""
-        from aurora.store_source import learning_placement, make_store_source
+    def _make_source(self, name: str) -> dict[str, float]:
+        """The actor that hands out drafters; gives the resources that it and the trainer must have where they are."""
+        from aurora.store_source import learning_place, make_store_source
 
-        placement = learning_placement("train")
-        self.source = make_store_source(self.config, name, placement)
-        return placement
+        place = learning_place("train")
+        self.source = make_store_source(self.config, name, place)
+        return place
 
-    def _make_trainer(self, placement: Any) -> Any:
+    def _make_trainer(self, place: dict[str, float]) -> Any:
         from trainer.actor import make_trainer_actor
 
         role, server = _role("train"), self.config.server  # nodes with a role are the trainers' own
@@ -85,7 +85,7 @@ class Deployment:
             self._trainer_name,
             self._reporter_name,
             resources=role,
-            placement=placement,
+            place=place,
             taken=taken,
         )
 

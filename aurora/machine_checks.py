@@ -96,7 +96,8 @@ def disk(name: str, directory: Path, free: int, needed: int) -> Finding:
 def memory(available: int, weights: int, config: AuroraConfig) -> Finding:
     """Weights, KV cache, replay, tables and traces together on a CPU."""
     kv = kv_cache_bytes(available)
-    mine = config.trainer.replay_mib * config.learning + config.speculation.ngram_mib + config.capture.sink_mib
+    traces = config.capture.sink_mib * (1 + config.learning)
+    mine = config.trainer.replay_mib * config.learning + config.speculation.ngram_mib + traces
     needed = weights + kv + mine * _MIB + _PROCESSES_GIB * _GIB
     parts = f"weights {weights / _GIB:.1f}, KV cache {kv / _GIB:.1f}"
     said = f"{available / _GIB:.1f} GiB free, {needed / _GIB:.1f} GiB at most: {parts}"

@@ -11,6 +11,8 @@ from aurora.config import AuroraConfig
 from aurora.store import DrafterStore
 from aurora.store_offers import LocalSource
 
+_LITTLE = 0.001  # of a machine's own resource, of which it has 1
+
 
 class StoreSource:
     """The actor's class. kind: `eagle3` or `model`. See `aurora.store_offers.Source` for the methods."""
@@ -31,25 +33,26 @@ class StoreSource:
         await asyncio.to_thread(self._sources[kind].reject, number, digests, reason)
 
 
-def learning_placement(role: str) -> Any:
-    """Ties actors to one node for good: one of those with this role, a free one if there is one, else this process's.
+def learning_place(role: str) -> dict[str, float]:
+    """Resources that tie actors to one machine for good: one of those with this role, a free one if there is one, else
+    this process's.
 
-    A node's drafters and checkpoints are on its own disk, so what needs them must not wander off to another.
+    A machine's drafters and checkpoints are on its own disk, so what needs them must not wander off to another. Ray
+    gives a node that comes back another id, but its address is the machine's.
     """
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     free = ray._private.state.available_resources_per_node()
-    nodes = [n["NodeID"] for n in ray.nodes() if n["Alive"] and n["Resources"].get(role)]
-    nodes.sort(key=lambda n: (free.get(n, {}).get(role, 0) < 1, n))
-    return NodeAffinitySchedulingStrategy(nodes[0] if nodes else ray.get_runtime_context().get_node_id(), soft=False)
+    nodes = [n for n in ray.nodes() if n["Alive"] and n["Resources"].get(role)]
+    nodes.sort(key=lambda n: (free.get(n["NodeID"], {}).get(role, 0) < 1, n["NodeID"]))
+    address = nodes[0]["NodeManagerAddress"] if nodes else ray.util.get_node_ip_address()
+    return {f"node:{address}": _LITTLE}
 
 
-def make_store_source(config: AuroraConfig, name: str, placement: Any) -> Any:
-    """Create the actor; Ray restarts it without limit, and ends it when nobody holds what this returns."""
+def make_store_source(config: AuroraConfig, name: str, place: dict[str, float]) -> Any:
+    """Create the actor where `place` is; Ray restarts it without limit, and ends it when nobody holds what this
+    returns."""
     import ray
 
-    actor = ray.remote(StoreSource).options(
-        name=name, num_cpus=0, scheduling_strategy=placement, max_restarts=-1, max_concurrency=16
-    )
+    actor = ray.remote(StoreSource).options(name=name, num_cpus=0, resources=place, max_restarts=-1, max_concurrency=16)
     return actor.remote(config)

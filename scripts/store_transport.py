@@ -30,6 +30,7 @@ from aurora.store_source import make_store_source
 from serve.mirror import RemoteSource
 
 _STARTS = 4
+_HEAD = {"num_cpus": 1, "resources": {"source": 1}, "include_dashboard": False}
 
 
 class Client:
@@ -84,7 +85,7 @@ def _measure(options: argparse.Namespace, root: Path, cluster: Cluster) -> None:
     config = AuroraConfig(run_dir=root / "trainer")
     store = DrafterStore(config.store_dir)
     here = ray.get_runtime_context().get_node_id()
-    source = make_store_source(config, "source", NodeAffinitySchedulingStrategy(here, soft=False))
+    source = make_store_source(config, "source", {"source": 1})
     away = NodeAffinitySchedulingStrategy(there.node_id, soft=False)
     client: Any = (
         ray.remote(Client).options(scheduling_strategy=away).remote(str(root / "server"), "source", options.chunk)
@@ -142,7 +143,7 @@ def _start() -> Cluster:
     os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")
     for left in reversed(range(_STARTS)):
         try:
-            return Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+            return Cluster(initialize_head=True, head_node_args=_HEAD)
         except Exception as error:
             if type(error) is not Exception or not left:  # it raises the bare class, and only that, for late processes
                 raise

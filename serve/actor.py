@@ -151,7 +151,7 @@ class Server:
         ingest = _ingest_into(self.trainer) if self.trainer is not None else None
         trace_log = _trace_log(self.config)
         exporter.set("aurora_learning", int(self.trainer is not None))
-        forwarder = TraceForwarder(ingest, exporter, trace_log)
+        forwarder = TraceForwarder(ingest, exporter, trace_log, self.config.capture.sink_mib << 20)
         hear = _heard_by(self.trainer, self._replica) if self.trainer is not None else None
         teller = LoadTeller(engine.drafter.number, hear, exporter)
         report_to = _report_to(self.reporter, exporter, self._replica) if self.reporter is not None else None

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Any
@@ -39,28 +40,45 @@ Report = Callable[[dict[str, Any], float], None]  # hands counters and a wall-cl
 class TraceForwarder:
     """Sends encoded traces to the trainer and to a log on disk, to each one payload at a time and in order.
 
-    A trainer or disk that is dead or slow costs traces, which are counted, never serving.
+    A trainer or disk that is dead or slow costs traces, which are counted, never serving. Those for the trainer wait
+    for it, `bound` bytes of them; beyond that the oldest are lost.
     """
 
-    def __init__(self, ingest: Ingest | None, exporter: PrometheusExporter, log: TraceLog | None = None) -> None:
+    def __init__(
+        self,
+        ingest: Ingest | None,
+        exporter: PrometheusExporter,
+        log: TraceLog | None = None,
+        bound: int = 256 << 20,
+    ) -> None:
         self._ingest = ingest
         self._exporter = exporter
         self._log = log
+        self._bound = bound
+        self._waiting: deque[tuple[bytes, int]] = deque()
         self._task: asyncio.Task[None] | None = None
         self._writing: asyncio.Task[None] | None = None
 
     def send(self, payload: bytes, traces: int) -> None:
-        """Forward one payload of `traces`; never blocks. It is lost and counted if the last one is still on its way."""
+        """Forward one payload of `traces`; never blocks."""
         if not payload:
             return
         if self._log is not None:
             self._keep(self._log, payload, traces)
         if self._ingest is None:
             return
-        if self._task is not None and not self._task.done():
-            self._lost(traces)
-            return
-        self._task = asyncio.create_task(self._forward(payload, traces))
+        self._waiting.append((payload, traces))
+        self._drop_oldest()
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._forward(self._ingest))
+
+    def _drop_oldest(self) -> None:
+        size = sum(len(payload) for payload, _ in self._waiting)
+        while size > self._bound and len(self._waiting) > 1:
+            payload, traces = self._waiting.popleft()
+            size -= len(payload)
+            self._exporter.inc("aurora_traces_dropped_total", {}, traces)
+        self._exporter.set("aurora_trace_bytes_waiting", size)
 
     def _keep(self, trace_log: TraceLog, payload: bytes, traces: int) -> None:
         if self._writing is not None and not self._writing.done():
@@ -75,23 +93,41 @@ class TraceForwarder:
             self._exporter.inc("aurora_traces_unlogged_total", {}, traces)
             log.warning("%s does not take traces (%s); serving goes on", trace_log.directory, error.strerror)
 
-    async def _forward(self, payload: bytes, traces: int) -> None:
-        assert self._ingest is not None
-        try:
-            await asyncio.wait_for(self._ingest(payload), _INGEST_TIMEOUT_S)
-            self._exporter.set("aurora_trainer_alive", 1)
-        except (TrainerUnavailable, TimeoutError) as error:
-            self._lost(traces)
-            self._exporter.set("aurora_trainer_alive", 0)
-            log.warning("trainer does not take traces (%s); serving goes on", error or "timeout")
-            await asyncio.sleep(_TRAINER_PAUSE_S)
+    async def _forward(self, ingest: Ingest) -> None:
+        """Hand on what waits until nothing does."""
+        while self._waiting:
+            payload, traces = self._waiting.popleft()
+            try:
+                await self._taken(asyncio.ensure_future(ingest(payload)))
+            except TrainerUnavailable as error:
+                self._waiting.appendleft((payload, traces))
+                self._not_taken(str(error))
+                await asyncio.sleep(_TRAINER_PAUSE_S)
+            else:
+                self._exporter.set("aurora_trainer_alive", 1)
+            self._drop_oldest()
 
-    def _lost(self, traces: int) -> None:
-        self._exporter.inc("aurora_traces_dropped_total", {}, traces)
+    async def _taken(self, answer: "asyncio.Future[None]") -> None:
+        """Wait for an answer for as long as Ray does: a payload that was sent twice would be learned from twice."""
+        done, _ = await asyncio.wait([answer], timeout=_INGEST_TIMEOUT_S)
+        if not done:
+            self._not_taken("timeout")
+        await answer
+
+    def _not_taken(self, why: str) -> None:
+        self._exporter.set("aurora_trainer_alive", 0)
+        log.warning("trainer does not take traces (%s); serving goes on, up to %d bytes wait for it", why, self._bound)
+
+    async def logged(self) -> None:
+        """Return when nothing is on its way to the disk any more."""
+        if self._writing is not None:
+            await self._writing
 
     async def settled(self) -> None:
         """Return when nothing is on its way any more."""
-        await asyncio.gather(*(task for task in (self._task, self._writing) if task is not None))
+        await self.logged()
+        if self._task is not None:
+            await self._task
 
 
 async def collect_forever(
@@ -122,12 +158,12 @@ async def collect_forever(
             pending, reported = EngineReport(), time.monotonic()
     report = EngineReport(traces=1)
     while report.traces:  # one call gives what fits into a payload
-        await forwarder.settled()
+        await forwarder.logged()
         report = await _collect(engine, forwarder, observers)
         pending = merge(pending, report)
-    await forwarder.settled()
     if report_to is not None:
         report_to(msgspec.to_builtins(pending), time.time())
+    await forwarder.settled()
 
 
 async def _collect(engine: RunningEngine, forwarder: TraceForwarder, observers: Sequence[Observer]) -> EngineReport:

@@ -9,11 +9,12 @@ client in the answer.
 import asyncio
 import json
 import logging
+import socket
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
 from http import HTTPStatus
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs
 
 import aiohttp
@@ -35,6 +36,9 @@ log = logging.getLogger(__name__)
 REPLICA_HEADER = b"x-aurora-replica"
 _CONNECT_S = 5.0
 _LOOK_AT_S = 10.0  # longest time of a replica's metrics or page data
+_IDLE_S = 2.0  # of a connection before it is closed, well before a replica does so under a request (5 s, serve.listen)
+_SILENCE_S = 20
+_KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": _SILENCE_S * 1000}
 _LOOK_S = 1.0
 _BROKEN = 1  # replicas that may break off under one request before it is given up
 _REFUSED = 8  # times that a request is handed on because a replica does not take it
@@ -67,7 +71,7 @@ class RouterApp:
 
     async def __aenter__(self) -> "RouterApp":
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S)
-        connector = aiohttp.TCPConnector(limit=0)
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE_S, socket_factory=_socket)
         self._session = aiohttp.ClientSession(timeout=timeout, connector=connector, auto_decompress=False)
         self._looking = asyncio.create_task(self._look_forever())
         return self
@@ -190,7 +194,7 @@ class RouterApp:
                 whole = answer.status == HTTPStatus.OK
                 await send({"type": "http.response.body", "body": b""})
                 REQUESTS.labels(replica.name, "answered").inc()
-        except aiohttp.ClientConnectorError as error:
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             await self._fleet.down(replica)
             raise _Refused from error
         except (aiohttp.ClientError, ConnectionError) as error:
@@ -272,6 +276,18 @@ class _Measure:
         for choice in event.get("choices") or ():  # type: ignore[attr-defined]
             text = choice.get("text") or (choice.get("delta") or {}).get("content") or ""
             self._work.emitted += len(text) / CHARACTERS_PER_TOKEN
+
+
+def _socket(address: tuple[Any, ...]) -> socket.socket:
+    """One that breaks off when nothing comes from the other machine for `_SILENCE_S`, however long its answers take:
+    a machine that is lost tells nobody, and the kernel of one that is busy answers all the same."""
+    family, kind, protocol, *_ = address
+    sock = socket.socket(family, kind, protocol)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, seconds in _KEEPALIVE.items():
+        if (number := getattr(socket, option, None)) is not None:  # macOS has some of them
+            sock.setsockopt(socket.IPPROTO_TCP, number, seconds)
+    return sock
 
 
 async def _chunks(answer: aiohttp.ClientResponse) -> AsyncIterator[bytes]:

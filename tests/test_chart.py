@@ -101,6 +101,17 @@ def test_kubernetes_takes_what_helm_renders(documents: list[dict[str, Any]]) -> 
     check_against_schemas(documents, KUBERNETES[-1])
 
 
+def test_a_head_that_comes_back_knows_what_it_knew_and_is_waited_for(documents: list[dict[str, Any]]) -> None:
+    environment = {
+        name: {each["name"]: each.get("value") for each in pod["spec"]["containers"][0]["env"]}
+        for name, pod in pods(documents).items()
+    }
+    assert all(int(each["RAY_gcs_rpc_server_reconnect_timeout_s"]) > 60 for each in environment.values())
+    assert [name for name, each in environment.items() if each.get("RAY_gcs_storage") == "rocksdb"] == ["head"]
+    mounts = [mount["mountPath"] for mount in pods(documents)["head"]["spec"]["containers"][0]["volumeMounts"]]
+    assert environment["head"]["RAY_gcs_storage_path"].startswith(tuple(mounts))
+
+
 def test_the_oldest_kubernetes_takes_it_too() -> None:
     check_against_schemas(rendered({}), KUBERNETES[0])
 

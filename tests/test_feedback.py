@@ -155,7 +155,60 @@ async def test_a_version_that_drafts_worse_is_rolled_back(tmp_path: Path, export
     assert count(exporter, "aurora_rollbacks_total") == 1
 
 
-async def test_a_busy_trainer_costs_traces_and_they_are_counted(exporter: PrometheusExporter) -> None:
+def value(exporter: PrometheusExporter, name: str) -> float:
+    (sample,) = [s.value for m in exporter._gauges[name].collect() for s in m.samples]
+    return sample
+
+
+async def test_traces_wait_for_a_busy_trainer_and_the_oldest_beyond_the_bound_are_lost(
+    exporter: PrometheusExporter,
+) -> None:
+    gate, taken = asyncio.Event(), []
+
+    async def ingest(payload: bytes) -> None:
+        taken.append(payload)
+        await gate.wait()
+
+    forwarder = TraceForwarder(ingest, exporter, bound=5)
+    forwarder.send(b"a", 3)
+    await asyncio.sleep(0)
+    for payload in (b"bb", b"cc", b"dd"):
+        forwarder.send(payload, 4)
+    assert count(exporter, "aurora_traces_dropped_total") == 4, "the two bytes that waited longest"
+    assert value(exporter, "aurora_trace_bytes_waiting") == 4
+    gate.set()
+    await forwarder.settled()
+    assert taken == [b"a", b"cc", b"dd"]
+    assert value(exporter, "aurora_trace_bytes_waiting") == 0
+
+
+async def test_a_dead_trainer_is_shown_and_gets_what_waited_when_it_is_back(
+    exporter: PrometheusExporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve.feedback._TRAINER_PAUSE_S", 0.001)
+    dead, taken = True, []
+
+    async def ingest(payload: bytes) -> None:
+        if dead:
+            raise TrainerUnavailable("ActorDiedError")
+        taken.append(payload)
+
+    forwarder = TraceForwarder(ingest, exporter)
+    forwarder.send(b"a", 3)
+    forwarder.send(b"b", 3)
+    await asyncio.sleep(0.02)
+    assert value(exporter, "aurora_trainer_alive") == 0
+    dead = False
+    await forwarder.settled()
+    assert taken == [b"a", b"b"]
+    assert value(exporter, "aurora_trainer_alive") == 1
+    assert count(exporter, "aurora_traces_dropped_total") == 0
+
+
+async def test_a_trainer_that_cannot_be_reached_is_sent_nothing_twice(
+    exporter: PrometheusExporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve.feedback._INGEST_TIMEOUT_S", 0.001)
     gate, taken = asyncio.Event(), []
 
     async def ingest(payload: bytes) -> None:
@@ -164,30 +217,12 @@ async def test_a_busy_trainer_costs_traces_and_they_are_counted(exporter: Promet
 
     forwarder = TraceForwarder(ingest, exporter)
     forwarder.send(b"a", 3)
-    await asyncio.sleep(0)
-    forwarder.send(b"b", 4)
-    assert count(exporter, "aurora_traces_dropped_total") == 4
+    await asyncio.sleep(0.02)
+    assert value(exporter, "aurora_trainer_alive") == 0
     gate.set()
-    await asyncio.sleep(0.01)
-    forwarder.send(b"c", 5)
-    await asyncio.sleep(0.01)
-    assert taken == [b"a", b"c"]
-
-
-async def test_a_dead_trainer_is_shown_and_its_traces_are_counted(
-    exporter: PrometheusExporter, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("serve.feedback._TRAINER_PAUSE_S", 0.0)
-
-    async def ingest(_: bytes) -> None:
-        raise TrainerUnavailable("ActorDiedError")
-
-    forwarder = TraceForwarder(ingest, exporter)
-    forwarder.send(b"a", 3)
-    await asyncio.sleep(0.01)
-    assert count(exporter, "aurora_traces_dropped_total") == 3
-    (alive,) = [s.value for m in exporter._gauges["aurora_trainer_alive"].collect() for s in m.samples]
-    assert alive == 0
+    await forwarder.settled()
+    assert taken == [b"a"]
+    assert value(exporter, "aurora_trainer_alive") == 1
 
 
 async def test_traces_are_logged_whether_or_not_a_trainer_takes_them(

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, asynccontextmanager
@@ -15,7 +16,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client.parser import text_string_to_metric_families
 
 from serve.fleet import Ask, Fleet
-from serve.router import RouterApp
+from serve.router import RouterApp, _socket
 from tests.local_http import serving
 
 KEY = "inner"
@@ -96,6 +97,9 @@ class Routed:
     def post(self, **fields: object) -> httpx.Response:
         return httpx.post(f"{self.url}/v1/completions", json=BODY | fields, timeout=30)
 
+    def join(self, name: str, url: str) -> None:
+        asyncio.run_coroutine_threadsafe(self.fleet.join(name, url, places=8), self.loop).result(10)
+
     def leave(self, name: str) -> None:
         asyncio.run_coroutine_threadsafe(self.fleet.leave(name), self.loop).result(10)
 
@@ -157,6 +161,27 @@ def test_what_one_does_not_answer_another_does(routed: Routed, behaviour: str) -
         answer = routed.post()
         assert (answer.status_code, answer.json()["from"]) == (200, "bb")
     assert routed.upstreams[0].asked >= 1
+
+
+def test_a_machine_that_does_not_answer_is_passed_over(routed: Routed) -> None:
+    with socket.socket() as mute, ExitStack() as stack:
+        mute.bind(("127.0.0.1", 0))
+        mute.listen(0)
+        for _ in range(3):  # who asks now is kept waiting
+            knocking = stack.enter_context(socket.socket())
+            knocking.setblocking(False)
+            knocking.connect_ex(mute.getsockname())
+        routed.join("a", f"http://127.0.0.1:{mute.getsockname()[1]}")
+        answers = [routed.post() for _ in range(3)]
+    assert {answer.headers["x-aurora-replica"] for answer in answers} == {"bb"}
+    assert [replica.name for replica in routed.fleet.living] == ["bb"]
+
+
+def test_a_connection_to_a_machine_that_is_lost_does_not_stay_open_for_ever() -> None:
+    address = (socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", 80))
+    with _socket(address) as sock:
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 20_000
 
 
 def test_what_breaks_off_in_the_middle_is_said_in_the_stream(routed: Routed) -> None:

@@ -13,7 +13,7 @@ import pytest
 from aurora.config import AuroraConfig, UserError
 from aurora.store import DrafterStore
 from aurora.store_mirror import StoreMirror
-from aurora.store_source import learning_placement, make_store_source
+from aurora.store_source import learning_place, make_store_source
 from aurora.trace import DraftTrace, encode_traces
 from serve.mirror import RemoteSource
 from tests.test_store_mirror import contents, files
@@ -126,7 +126,7 @@ def test_training_that_fails_ends_the_process_and_a_dead_reporter_does_not(
 def test_published_drafters_can_be_had_whoever_dies(cluster: None, tmp_path: Path) -> None:
     config = AuroraConfig(run_dir=tmp_path / "trainer")
     published = DrafterStore(config.store_dir).publish(files(b"weights" * (1 << 20)), {"parent": None})
-    source = make_store_source(config, "drafters", learning_placement("train"))
+    source = make_store_source(config, "drafters", learning_place("train"))
     calls = RemoteSource(partial(ray.get_actor, "drafters"), "eagle3", (ray.exceptions.RayError, ValueError))
     mirror = StoreMirror(DrafterStore(tmp_path / "server"), calls)
     assert asyncio.run(mirror.step()).fetched == 1

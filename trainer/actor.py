@@ -168,13 +168,13 @@ def make_trainer_actor(
     reporter: str | None = None,
     *,
     resources: dict[str, float] | None = None,
-    placement: Any = None,
+    place: dict[str, float] | None = None,
     taken: dict[str, float] | None = None,
 ) -> Any:
-    """Create the actor; returns its handle at once. Ray restarts it without limit, and by `placement` (a Ray scheduling
-    strategy) where its files are.
+    """Create the actor; returns its handle at once. Ray restarts it without limit.
 
-    taken: by others, of the cluster's resources. Raises UserError when the rest has no room for all workers.
+    resources: of each worker. place: what else the leader takes, which only the machine with its files has. taken: by
+    others, of the cluster's resources. Raises UserError when the rest has no room for all workers.
     """
     if config.trainer.workers > 1:
         _check_room(config.trainer, resources or {}, taken or {})
@@ -182,8 +182,7 @@ def make_trainer_actor(
         name=name,
         num_cpus=config.trainer.threads,
         num_gpus=config.trainer.num_gpus,
-        resources=resources or {},
-        scheduling_strategy=placement,
+        resources={**(resources or {}), **(place or {})},
         max_restarts=-1,
         max_concurrency=8,
     )

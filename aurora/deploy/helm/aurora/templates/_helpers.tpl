@@ -82,6 +82,8 @@ spec:
         {{- include "aurora.rayEnv" .root | nindent 8 }}
         - name: RAY_worker_niceness
           value: "0"
+        - name: RAY_gcs_rpc_server_reconnect_timeout_s
+          value: "300"
         {{- with .env }}
         {{- . | nindent 8 }}
         {{- end }}
@@ -146,6 +148,17 @@ readinessProbe:
   periodSeconds: 5
   timeoutSeconds: 5
   failureThreshold: 2
+{{- end }}
+
+{{/*
+What the head knows of nodes and actors outlives its container, in the pod's own /tmp: when it comes back, all others
+join it as they were.
+*/}}
+{{- define "aurora.headEnv" -}}
+- name: RAY_gcs_storage
+  value: rocksdb
+- name: RAY_gcs_storage_path
+  value: /tmp/gcs
 {{- end }}
 
 {{- define "aurora.routerEnv" -}}
