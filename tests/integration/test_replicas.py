@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Semaphore
+from typing import Any
 
 import httpx
 import psutil
@@ -67,6 +68,23 @@ def test_both_answer_and_say_the_same(fleet: ServedModel) -> None:
     with ThreadPoolExecutor(8) as pool:
         assert set(pool.map(lambda prompt: answered_by(fleet, prompt), prompts)) == up(fleet)
     assert fleet.answers(prompts) == fleet.answers(prompts)
+
+
+def test_the_page_shows_what_all_of_them_do_and_which_version_each_has(fleet: ServedModel) -> None:
+    def seen(replica: str = "") -> dict[str, Any]:
+        data: dict[str, Any] = json.loads(fleet.get(f"/aurora/data?replica={replica}"))
+        return data
+
+    names = up(fleet)
+    wait_until(lambda: _traffic_until(fleet, bool(seen()["points"])), 120, "a span of ten seconds is over")
+    data = seen()
+    assert {name: live["eagle3"] for name, live in data["replicas"].items()}.keys() == names
+    assert {swap["replica"] for swap in data["swaps"]} == names, "each began with a version"
+    alone = {name: seen(name) for name in names}
+    assert all(hour["replica"] == name for name, hour in alone.items())
+    until_s = data["points"][-1]["time_s"]
+    told = [point for hour in alone.values() for point in hour["points"] if point["time_s"] <= until_s]
+    assert sum(point["emitted"] for point in data["points"]) == sum(point["emitted"] for point in told) > 0
 
 
 def test_a_new_version_is_tried_by_one_and_then_reaches_both_and_a_worse_one_only_the_canary(
