@@ -52,6 +52,11 @@ class Work:
     tiny: Path
     say: Callable[[str], None]  # one more step is done
 
+    def keep(self, rows: Sequence[Row]) -> None:
+        """Write rows where results are wanted."""
+        if self.options.results is not None:
+            write_rows(self.options.results, rows)
+
     @property
     def command(self) -> str:
         return shlex.join(["python", "-m", "scripts.cluster_trial", *sys.argv[1:]])
@@ -85,6 +90,7 @@ def faults(work: Work) -> Found:
                 work.say(f"{each.fault}: {each}")
                 rows += _fault_rows(each, "shared directory", work.command)
                 lines.append(_fault_line(each))
+                work.keep(rows)  # a later one may end it all
     return rows, [Table("Faults", _FAULT_HEADS, lines)]
 
 
@@ -244,8 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             progress.update(task, description=part)
             rows, found = PARTS[part](work)
             tables += found
-            if options.results is not None:
-                write_rows(options.results, rows)
+            work.keep(rows)
     for table in tables:
         print(table)
 
