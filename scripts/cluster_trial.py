@@ -52,6 +52,11 @@ class Work:
     tiny: Path
     say: Callable[[str], None]  # one more step is done
 
+    def keep(self, rows: Sequence[Row]) -> None:
+        """Write rows where results are wanted."""
+        if self.options.results is not None:
+            write_rows(self.options.results, rows)
+
     @property
     def command(self) -> str:
         return shlex.join(["python", "-m", "scripts.cluster_trial", *sys.argv[1:]])
@@ -83,13 +88,16 @@ def faults(work: Work) -> Found:
             flags = (*TINY, f"--set=capture.sink_mib={_SINK_MIB}")
             for each in trial_faults.suffer_all(nodes, work.tiny, work.directory / f"{name}-run", flags, these):
                 work.say(f"{each.fault}: {each}")
-                rows += _fault_rows(each, work.command)
+                rows += _fault_rows(each, "shared directory", work.command)
                 lines.append(_fault_line(each))
-    heads = ("fault", "lasts, s", "failed", "silence, s", "recovered, s", "versions lost", "traces dropped")
-    return rows, [Table("Faults", heads, lines)]
+                work.keep(rows)  # a later one may end it all
+    return rows, [Table("Faults", _FAULT_HEADS, lines)]
 
 
-def _fault_rows(each: trial_faults.Suffered, command: str) -> Iterator[Row]:
+_FAULT_HEADS = ("fault", "lasts, s", "failed", "silence, s", "recovered, s", "versions lost", "traces dropped")
+
+
+def _fault_rows(each: trial_faults.Suffered, policy: str, command: str) -> Iterator[Row]:
     numbers = {
         "requests": each.requests,
         "failed": each.failed,
@@ -102,7 +110,7 @@ def _fault_rows(each: trial_faults.Suffered, command: str) -> Iterator[Row]:
         if math.isinf(value):  # it is not over, which the table says
             continue
         baseline = each.usual_silence_s if name == "longest_silence_s" else None
-        yield Row("cluster_faults", each.fault, "shared directory", name, float(value), baseline, command)
+        yield Row("cluster_faults", each.fault, policy, name, float(value), baseline, command)
 
 
 def _fault_line(each: trial_faults.Suffered) -> tuple[object, ...]:
@@ -159,10 +167,12 @@ def transport(work: Work) -> Found:
             assert trial_rollout.sees(nodes, "train", run_dir / "drafters")
             assert not trial_rollout.sees(nodes, "serve-a", run_dir / "drafters"), "the directory is hidden there"
             moved, stalls = trial_rollout.move_versions(nodes, server, work.options.versions)
+            trial = trial_faults.Trial(nodes, server, lambda: server)
+            (lost,) = (trial_faults.suffer(trial, f) for f in trial_faults.chosen(["trainer's machine lost"]))
         finally:
             server.stop()
-    work.say(f"transport: {moved}")
-    rows = []
+    work.say(f"transport: {moved}, {lost}")
+    rows = list(_fault_rows(lost, "through Ray", work.command))
     for each in moved:
         numbers = {"bytes": each.bytes_median, "seconds": each.seconds_median, "seconds_most": each.seconds_most}
         rows += [
@@ -173,7 +183,8 @@ def transport(work: Work) -> Found:
         for m in moved
     ]
     heads = ("replica", "versions that came", "swaps", "bytes, median", "seconds, median", "most")
-    return rows, [Table(f"Transport through Ray; longest stall of a swap {max(stalls):.4f} s", heads, lines)]
+    title = f"Transport through Ray; longest stall of a swap {max(stalls):.4f} s"
+    return rows, [Table(title, heads, lines), Table("The same", _FAULT_HEADS, [_fault_line(lost)])]
 
 
 def throughput(work: Work) -> Found:
@@ -239,8 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             progress.update(task, description=part)
             rows, found = PARTS[part](work)
             tables += found
-            if options.results is not None:
-                write_rows(options.results, rows)
+            work.keep(rows)
     for table in tables:
         print(table)
 
