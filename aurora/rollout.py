@@ -3,9 +3,10 @@
 The canary drafts with the version on trial while all others go on with the one approved before, on the same traffic at
 the same time, so that a shift of the traffic is not mistaken for a worse drafter. The first token of each draft is
 known to be right or wrong after the next step. The version is refused when its rate is clearly worse than the others'
-as `aurora.guard` judges it, and approved when both have drafts enough and it is not below what it has to keep. What is
-undecided after the longest trial is refused if it lies more than a standard error below, else approved: the gate has
-compared the two before, on held-back traces. While one is on trial newer ones wait; only the newest is tried next.
+as `aurora.guard` judges it, and approved when both have drafts enough, some of them right, and it is not below what it
+has to keep. What is undecided after the longest trial is refused if it lies more than a standard error below, else
+approved: the gate has compared the two before, on held-back traces. While one is on trial newer ones wait; only the
+newest is tried next.
 """
 
 from collections.abc import Iterable, Mapping
@@ -15,6 +16,7 @@ from aurora.guard import clearly_worse, enough, shortfall
 from aurora.proportion import Proportion
 
 _ENOUGH = 100  # drafts of each side
+_RIGHT = 10  # of one side: where next to nothing is right yet, the two rates are the prior's
 
 
 @dataclass
@@ -77,6 +79,7 @@ class Rollout:
         """Approve what has passed."""
         if not self._trial or self._trial in self._refused or self._fails(now_s):
             return
-        seen = min(self._new.trials, self._old.trials) >= _ENOUGH
+        right = max(self._new.right, self._old.right) >= _RIGHT
+        seen = right and min(self._new.trials, self._old.trials) >= _ENOUGH
         if self._late(now_s) or (seen and shortfall(self._old, self._new) <= 0):
             self.approved, self._trial = self._trial, 0

@@ -48,6 +48,17 @@ def test_what_looks_a_little_worse_stays_on_trial_and_is_refused_at_its_end() ->
     assert trial.allowed("b", REPLICAS, 1, 2, 121) == 1
 
 
+def test_where_next_to_nothing_is_right_the_trial_goes_on() -> None:
+    trial = rollout()
+    assert trial.allowed("a", REPLICAS, 1, 2, 0) == 2
+    trial.observe(1, {1: (400, 2)})
+    trial.observe(2, {2: (100, 0)})
+    assert trial.allowed("b", REPLICAS, 1, 2, 1) == 1, "100 drafts of a rate of 1 in 50 say nothing"
+    trial.observe(1, {1: (400, 14)})
+    trial.observe(2, {2: (498, 0)})
+    assert trial.refuses(2, 120)
+
+
 def test_a_trial_without_drafts_ends_with_its_time() -> None:
     trial = rollout()
     assert trial.allowed("a", REPLICAS, 1, 2, 10) == 2
