@@ -151,8 +151,8 @@ readinessProbe:
 {{- end }}
 
 {{/*
-What the head knows of nodes and actors outlives its container, in the pod's own /tmp: when it comes back, all others
-join it as they were.
+What the head knows of nodes and actors outlives its container, in the pod's own /tmp, for the others to join it again.
+Not run to its end yet: docs/cluster.md, "A trial on one host".
 */}}
 {{- define "aurora.headEnv" -}}
 - name: RAY_gcs_storage
