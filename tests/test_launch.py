@@ -110,6 +110,14 @@ def test_a_run_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
         pass
 
 
+@pytest.fixture
+def token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `serve` sets of the environment goes with the test; no file of a token is made."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "of this test")
+
+
+@pytest.mark.usefixtures("token")
 def test_a_taken_port_is_refused_before_anything_is_made(tmp_path: Path) -> None:
     with bind("127.0.0.1", 0) as sock:
         sock.listen()
@@ -120,6 +128,7 @@ def test_a_taken_port_is_refused_before_anything_is_made(tmp_path: Path) -> None
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.usefixtures("token")
 def test_a_first_drafter_that_is_none_is_refused_before_anything_is_made(tmp_path: Path) -> None:
     given = SpeculationConfig(drafter=tmp_path / "mine")
     config = AuroraConfig(run_dir=tmp_path / "run", server=ServerConfig(port=0), speculation=given)

@@ -120,7 +120,7 @@ def test_workers_with_a_share_each_learn_what_one_learns_from_all(
             assert numbers(metrics) == pytest.approx(numbers(expected), rel=1e-4, abs=1e-6)
             assert learner.missed == one.missed
             assert learner.tokens == one.tokens
-            assert difference(learner, one) < 1e-5
+            assert difference(learner, one) < 0.1 * config.learning_rate, "Adam magnifies rounding of tiny gradients"
             assert difference(learner, several[0]) == 0.0
 
 
