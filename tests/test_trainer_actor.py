@@ -43,7 +43,7 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-def wait_for(actor: Any, condition: Any, limit_s: float = 60) -> dict[str, Any]:
+def wait_for(actor: Any, condition: Any, limit_s: float = 240) -> dict[str, Any]:
     """The first status that fulfils `condition`; an actor that restarts meanwhile is asked again."""
     seen: list[dict[str, Any]] = []
 
