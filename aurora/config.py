@@ -1,13 +1,13 @@
 """The configuration tree: frozen, typed, unknown keys refused. Flags override a YAML file, which overrides defaults."""
 
 import os
-from collections.abc import Iterator
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from aurora.config_errors import explain
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
@@ -356,7 +356,7 @@ def load_config(file: Path | None, overrides: dict[str, Any]) -> AuroraConfig:
     try:
         return AuroraConfig.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(_explain(error, file)) from error
+        raise ConfigError(explain(error, AuroraConfig, file)) from error
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
@@ -379,29 +379,3 @@ def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
             raise ConfigError(f"{name}: expected a mapping, got {child!r}")
         tree = child
     tree[leaf] = value
-
-
-def _explain(error: ValidationError, file: Path | None) -> str:
-    source = f" (flags over {file})" if file else ""
-    problems = []
-    for item in error.errors():
-        key = ".".join(map(str, item["loc"])) or "configuration"
-        given = f", got {item['input']!r}" if item["type"] != "extra_forbidden" and item["loc"] else ""
-        message = _unknown(key) if item["type"] == "extra_forbidden" else item["msg"]
-        problems.append(f"{key}: {message}{given}")
-    return "; ".join(problems) + source
-
-
-def _unknown(key: str) -> str:
-    keys, leaf = list(_keys(AuroraConfig)), key.rpartition(".")[2]
-    near = [k for k in keys if k.rpartition(".")[2] == leaf] or get_close_matches(key, keys, 1, 0.8)
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
-    return f"unknown key; {hint}see `aurora config show`"
-
-
-def _keys(branch: type[BaseModel], path: str = "") -> Iterator[str]:
-    """Dotted names of every branch and leaf."""
-    for name, field in branch.model_fields.items():
-        yield path + name
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _keys(field.annotation, f"{path}{name}.")

@@ -223,8 +223,7 @@ class DrafterStore:
         """Inside, `prune` leaves a version alone, in whatever process. Raises DrafterRefused if it is gone already."""
         with ExitStack() as stack:
             with suppress(OSError):  # a full disk is no reason not to read
-                mark = tempfile.NamedTemporaryFile(prefix=f"{_HELD}{number}-", dir=self.root)  # noqa: SIM115
-                stack.enter_context(mark)
+                stack.enter_context(tempfile.NamedTemporaryFile(prefix=f"{_HELD}{number}-", dir=self.root))
             self.read(number)
             yield
 

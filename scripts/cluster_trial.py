@@ -268,7 +268,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-tokens", type=int, default=96)
     add("--rounds", type=int, default=3, help="of each cell, in turns")
     add("--serve", action="append", default=[], help="a flag more for `aurora serve` of these two; repeatable")
-    add("--directory", type=Path, default=Path("/tmp"), help="where its own is made; kept (default: %(default)s)")  # noqa: S108
+    add(
+        "--directory",
+        type=Path,
+        default=Path(tempfile.gettempdir()),
+        help="where its own is made; kept (default: %(default)s)",
+    )
     add("--results", type=Path, help="put rows of results there")
     return parser
 

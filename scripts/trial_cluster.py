@@ -9,15 +9,16 @@ import os
 import re
 import subprocess
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from aurora.config import UserError
 from aurora.scrape import parse_samples
 from scripts.trial_network import Network
 from tests.integration.process import ServedModel
+from tests.waiting import wait_until
 
 MACHINES = {
     "head": {},
@@ -39,6 +40,7 @@ _HANGS_S = 120.0
 _PAUSE_S = 2.0
 _LOOK_S = 0.5
 _START_LIMIT_S = 300.0
+look = partial(wait_until, every_s=_LOOK_S)  # at metrics of other machines, which each look costs something
 
 
 class Node:
@@ -75,16 +77,16 @@ class Node:
 
     def _end_if_it_hangs(self, running: "subprocess.Popen[bytes]") -> None:
         """`ray start` waits for ever for a raylet that has ended."""
-        end_s, before = time.monotonic() + _HANGS_S, self.begun
-        while running.poll() is None and self.begun == before:
-            if time.monotonic() > end_s:
-                self._network.end(self.name)
-            time.sleep(_LOOK_S)
+        before = self.begun
+        try:
+            look(lambda: running.poll() is not None or self.begun > before, _HANGS_S, "Ray starts")
+        except TimeoutError:
+            self._network.end(self.name)
 
     def await_again(self, limit_s: float) -> None:
         """Return when Ray has started here once more. Raises TimeoutError."""
         before = self.begun
-        wait_for(lambda: self.begun > before, limit_s, f"Ray has started again on {self.name}")
+        look(lambda: self.begun > before, limit_s, f"Ray has started again on {self.name}")
 
     @property
     def begun(self) -> int:
@@ -166,13 +168,11 @@ class RayNodes:
 
     def await_node(self, name: str) -> None:
         """Return when Ray has started there. Raises UserError when that takes too long."""
-        end_s = time.monotonic() + _START_LIMIT_S
-        while not self.nodes[name].begun:
-            if time.monotonic() > end_s:
-                raise UserError(
-                    f"Ray did not start on {name} within {_START_LIMIT_S:g} s; see {self.directory}/{name}.log"
-                )
-            time.sleep(_LOOK_S)
+        try:
+            look(lambda: self.nodes[name].begun > 0, _START_LIMIT_S, "Ray starts")
+        except TimeoutError as error:
+            log = self.directory / f"{name}.log"
+            raise UserError(f"Ray did not start on {name} within {_START_LIMIT_S:g} s; see {log}") from error
 
     def said(self, pattern: str) -> Iterator[re.Match[str]]:
         """Whatever the actors logged that matches."""
@@ -214,7 +214,7 @@ class ClusterServer(ServedModel):
     def wait_all(self, limit_s: float = 2 * _START_LIMIT_S) -> None:
         """Return when both replicas answer."""
         self.wait_ready(limit_s)
-        wait_for(lambda: self.up() == set(REPLICAS), limit_s, "both replicas are up")
+        look(lambda: self.up() == set(REPLICAS), limit_s, "both replicas are up")
 
     def samples(self, name: str) -> dict[str, float]:
         """A metric by replica, summed over its other labels; nothing while the endpoint does not answer."""
@@ -233,16 +233,6 @@ class ClusterServer(ServedModel):
     def versions(self) -> dict[str, int]:
         """The drafter version that is live, by replica."""
         return {name: int(number) for name, number in self.samples("aurora_drafter_version").items()}
-
-
-def wait_for(happened: Callable[[], bool], limit_s: float, what: str) -> float:
-    """Seconds until `happened()`. Raises TimeoutError naming `what` when it has not after `limit_s`."""
-    began = time.monotonic()
-    while not happened():
-        if time.monotonic() - began > limit_s:
-            raise TimeoutError(f"after {limit_s:g} s: {what}")
-        time.sleep(_LOOK_S)
-    return time.monotonic() - began
 
 
 @contextmanager

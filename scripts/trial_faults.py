@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from aurora.store import DrafterStore
-from scripts.trial_cluster import REPLICAS, ClusterServer, RayNodes, wait_for
+from scripts.trial_cluster import REPLICAS, ClusterServer, RayNodes, look
 from tests.faults.traffic import Traffic, mixed
 
 _SETTLE_S = 600.0
@@ -100,24 +100,24 @@ class Silence(Traffic):
 
     def more_answers(self, count: int, limit_s: float) -> None:
         wanted = self.outcomes[200] + count
-        wait_for(lambda: self.outcomes[200] >= wanted, limit_s, f"{count} more answers")
+        look(lambda: self.outcomes[200] >= wanted, limit_s, f"{count} more answers")
 
 
 def suffer(trial: Trial, fault: Fault) -> Suffered:
     """Let it happen under traffic, mend it, and wait until it is over; inf seconds of recovery when it never is."""
-    wait_for(trial.all_up, _SETTLE_S, "both replicas are up")
+    look(trial.all_up, _SETTLE_S, "both replicas are up")
     dropped = _dropped(trial)
     versions = set(trial.store.versions())
     with Silence(trial.server.url, mixed(trial.server.model_name())) as traffic:
         traffic.more_answers(_BEFORE, _SETTLE_S)
         usual = traffic.longest_s()
         fault.strike(trial)
-        time.sleep(fault.lasts_s)
+        time.sleep(fault.lasts_s)  # how long it lasts is what is tried, whatever happens meanwhile
         mended_s = time.monotonic()
         fault.mend(trial)
         before = trial.newest()
         try:
-            wait_for(lambda: fault.over(trial, before), _SETTLE_S, f"{fault.name} is over")
+            look(lambda: fault.over(trial, before), _SETTLE_S, f"{fault.name} is over")
             recovered = time.monotonic() - mended_s
             traffic.more_answers(_BEFORE, _SETTLE_S)
         except TimeoutError:

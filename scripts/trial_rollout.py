@@ -13,13 +13,12 @@ import torch
 
 from aurora.scrape import parse_samples
 from aurora.store import DrafterStore
-from scripts.trial_cluster import REPLICAS, ClusterServer, RayNodes, wait_for
+from scripts.trial_cluster import REPLICAS, ClusterServer, RayNodes, look
 from tests.faults.test_drafters import changed
 from tests.faults.traffic import Traffic, mixed
 from tests.integration.process import random_prompts
 
 _LIMIT_S = 600.0
-_LOOK_S = 0.2
 _MEASURE_S = 5.0
 _OFTEN = 0.3  # of the first tokens
 _VERSIONS = 200  # without learning that much
@@ -59,7 +58,7 @@ def try_worse(nodes: RayNodes, server: ClusterServer) -> CanaryRun:
         try:
             good = store.latest()
             assert good is not None
-            wait_for(lambda: set(server.versions().values()) == {good}, _LIMIT_S, "both have the newest version")
+            look(lambda: set(server.versions().values()) == {good}, _LIMIT_S, "both have the newest version")
             before = sum(traffic.outcomes.values()), traffic.failed
             worse = store.publish(changed(store.read(good).path, _scramble), {"parent": good}).number
             seen, took = _watch(server, lambda: store.rejection(worse) is not None)
@@ -87,7 +86,7 @@ def _familiar(model: str) -> Callable[[Random], dict[str, Any]]:
 def _right(server: ClusterServer) -> float:
     """Share of drafts whose first token was right, in the next seconds."""
     before = _first_drafts(server)
-    time.sleep(_MEASURE_S)
+    time.sleep(_MEASURE_S)  # the span that is measured
     (right, of), (right_before, of_before) = _first_drafts(server), before
     return (right - right_before) / (of - of_before) if of > of_before else 0.0
 
@@ -110,13 +109,14 @@ def _common(server: ClusterServer) -> int:
 def _watch(server: ClusterServer, happened: Callable[[], bool]) -> tuple[dict[str, set[int]], float]:
     """Versions seen at each replica until then, and the seconds that it took."""
     seen: dict[str, set[int]] = {name: set() for name in REPLICAS}
-    began = time.monotonic()
-    while not happened():
-        if time.monotonic() - began > _LIMIT_S:
-            raise TimeoutError(f"after {_LIMIT_S:g} s: {seen}")
+
+    def over() -> bool:
         for name, version in server.versions().items():
             seen[name].add(version)
-        time.sleep(_LOOK_S)
+        return happened()
+
+    began = time.monotonic()
+    look(over, _LIMIT_S, "the worse version is gone")
     return seen, time.monotonic() - began
 
 
@@ -139,7 +139,7 @@ class Moved:
 def move_versions(nodes: RayNodes, server: ClusterServer, versions: int) -> tuple[list[Moved], list[float]]:
     """Send traffic until both replicas have swapped to so many versions; what came, and the stalls of the swaps."""
     with Traffic(server.url, mixed(server.model_name())):
-        wait_for(lambda: min(_swaps(server).values(), default=0) >= versions, 2 * _LIMIT_S, f"{versions} swaps")
+        look(lambda: min(_swaps(server).values(), default=0) >= versions, 2 * _LIMIT_S, f"{versions} swaps")
     swaps = _swaps(server)
     came: dict[str, list[tuple[int, float]]] = {name: [] for name in REPLICAS}
     for match in nodes.said(_CAME):

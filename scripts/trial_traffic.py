@@ -10,7 +10,7 @@ from pathlib import Path
 
 from aurora.config import UserError
 from aurora.routing import POLICIES
-from scripts.trial_cluster import REPLICAS, ClusterServer, RayNodes, wait_for
+from scripts.trial_cluster import REPLICAS, ClusterServer, RayNodes, look
 
 __all__ = ["HEADS", "POLICIES", "Plan", "Round", "Summed", "policies", "replicas", "summed"]
 
@@ -130,7 +130,7 @@ def _scale(nodes: RayNodes, server: ClusterServer, count: int) -> None:
     )
     if done.returncode != 0:
         raise UserError(f"aurora scale {count}: {done.stderr[-1000:]}")
-    wait_for(lambda: server.up() == set(REPLICAS[:count]), _LIMIT_S, f"{count} of the replicas are up")
+    look(lambda: server.up() == set(REPLICAS[:count]), _LIMIT_S, f"{count} of the replicas are up")
 
 
 def _round(server: ClusterServer, plan: Plan, cell: str, number: int) -> Round:

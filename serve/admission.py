@@ -73,14 +73,16 @@ class Admission:
         """
         self.draining = True
         try:
-            await asyncio.wait_for(self._empty.wait(), limit_s)
+            async with asyncio.timeout(limit_s):
+                await self._empty.wait()
         except TimeoutError:
             late, self.cut_off = self.open, True
             for end in self._ends:
                 with suppress(RuntimeError):  # its own time is up already
                     end.reschedule(asyncio.get_running_loop().time())
             with suppress(TimeoutError):  # a client that does not listen is not waited for
-                await asyncio.wait_for(self._empty.wait(), _CUT_OFF_S)
+                async with asyncio.timeout(_CUT_OFF_S):
+                    await self._empty.wait()
             return late
         return 0
 

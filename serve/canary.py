@@ -39,7 +39,8 @@ class Canary:
     async def permit(self, kind: str, live: int, newest: int) -> tuple[int, str]:
         """How new a version may be, and why the live one has to go ("": it has not); `serve.feedback.Permit`."""
         try:
-            return await asyncio.wait_for(self._router.allowed(kind, self._replica, live, newest), _ANSWER_S)
+            async with asyncio.timeout(_ANSWER_S):
+                return await self._router.allowed(kind, self._replica, live, newest)
         except (RouterGone, TimeoutError):
             return live, ""
 
@@ -70,6 +71,7 @@ class Canary:
 
 async def _passing_over(telling: Awaitable[None]) -> None:
     try:
-        await asyncio.wait_for(telling, _ANSWER_S)
+        async with asyncio.timeout(_ANSWER_S):
+            await telling
     except (RouterGone, TimeoutError):
         log.debug("the router did not hear of drafts")

@@ -179,7 +179,8 @@ async def _collect(engine: RunningEngine, forwarder: TraceForwarder, observers: 
 async def _happened(event: asyncio.Event, limit_s: float) -> bool:
     """Whether it was set, at the latest after `limit_s`."""
     with suppress(TimeoutError):
-        await asyncio.wait_for(event.wait(), limit_s)
+        async with asyncio.timeout(limit_s):
+            await event.wait()
     return event.is_set()
 
 

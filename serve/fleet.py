@@ -188,7 +188,8 @@ class Fleet:
                 if able:
                     return self._begin(able, ask, now_s)
                 try:
-                    await asyncio.wait_for(self._room.wait(), _REST_S / 4)
+                    async with asyncio.timeout(_REST_S / 4):
+                        await self._room.wait()
                 except TimeoutError:
                     continue
 

@@ -70,7 +70,8 @@ class LoadTeller:
 
     async def _send(self, answer: Awaitable[tuple[float, str]]) -> None:
         try:
-            self._training_share, unsaved = await asyncio.wait_for(answer, _ANSWER_TIMEOUT_S)
+            async with asyncio.timeout(_ANSWER_TIMEOUT_S):
+                self._training_share, unsaved = await answer
             self._alarm(unsaved)
         except (TrainerUnavailable, TimeoutError) as error:
             self._training_share, self._told = 0.0, None  # whoever takes its place has heard nothing

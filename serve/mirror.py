@@ -47,7 +47,8 @@ class RemoteSource:
     async def _ask(self, method: str, *args: Any) -> Any:
         try:
             self._handle = self._handle or self._find()
-            return await asyncio.wait_for(getattr(self._handle, method).remote(self._kind, *args), _ANSWER_S)
+            async with asyncio.timeout(_ANSWER_S):
+                return await getattr(self._handle, method).remote(self._kind, *args)
         except self._errors as error:
             self._handle = None
             reason = " ".join(str(error).split())[:200] or type(error).__name__
@@ -94,7 +95,8 @@ class ServedStores:
             return
         try:
             self._mirrors = {kind: self._mirror(kind, self._source(kind)) for kind in self._kinds}
-            await asyncio.wait_for(asyncio.gather(*map(_begin, self._mirrors.values())), limit_s)
+            async with asyncio.timeout(limit_s):
+                await asyncio.gather(*map(_begin, self._mirrors.values()))
         except TimeoutError:
             raise UserError(
                 f"no drafter came from the trainer's node within {limit_s:.0f} s (cluster.transport ray); see "

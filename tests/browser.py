@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,7 @@ def find_browser() -> str | None:
 
 
 @contextmanager
-def browser() -> Iterator["object"]:
+def browser() -> Iterator[Any]:
     """A started Chromium. Skips the test where there is none, or no playwright to drive it."""
     drive = pytest.importorskip("playwright.sync_api", reason="no playwright: install the extra dev")
     executable = find_browser()

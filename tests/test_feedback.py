@@ -285,7 +285,8 @@ async def test_what_was_captured_last_is_handed_on_before_a_stop(exporter: Prome
     task = asyncio.create_task(collecting)
     await until(lambda: len(payloads) < 4)
     ended.set()
-    await asyncio.wait_for(task, 20)
+    async with asyncio.timeout(20):
+        await task
     lost = count(exporter, "aurora_traces_dropped_total")
     assert len(taken) + lost == 4
     assert taken[-1] == b"d"

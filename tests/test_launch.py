@@ -87,10 +87,12 @@ def test_a_ray_that_is_late_gets_another_try_and_other_errors_pass(monkeypatch: 
 
 
 def test_a_run_directory_has_one_server_at_a_time(tmp_path: Path) -> None:
-    code = "import sys, time; from pathlib import Path; from aurora.run_directory import only_server_of\n"
-    code += "with only_server_of(Path(sys.argv[1])): print('has it', flush=True); time.sleep(600)"
+    code = "import sys; from pathlib import Path; from aurora.run_directory import only_server_of\n"
+    code += "with only_server_of(Path(sys.argv[1])): print('has it', flush=True); sys.stdin.read()"
     directory = tmp_path / "runs" / "first"
-    with subprocess.Popen([sys.executable, "-c", code, str(directory)], stdout=subprocess.PIPE) as other:
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(directory)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == b"has it\n"
         refused = pytest.raises(UserError, match=rf"--run-dir .*first: another `aurora serve` \(process {other.pid}\)")

@@ -74,7 +74,7 @@ class Replica:
             answer: Response = await follow(request)
             return answer
 
-        page.install(app, self)  # type: ignore[arg-type]
+        page.install(app, self)
         return app
 
 
@@ -134,7 +134,7 @@ def test_a_replica_that_says_nonsense_is_away(fleet: SimpleNamespace) -> None:
 
 def test_the_page_shows_the_fleet_or_one_of_it(fleet: SimpleNamespace) -> None:
     with browser() as chromium:
-        tab: Any = chromium.new_page()  # type: ignore[attr-defined]
+        tab = chromium.new_page()
         wrong: list[str] = []
         tab.on("pageerror", lambda error: wrong.append(str(error)))
         tab.on("console", lambda said: wrong.append(said.text) if said.type in ("error", "warning") else None)

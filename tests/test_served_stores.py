@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -176,6 +177,17 @@ async def test_an_actor_that_does_not_answer_in_time_is_looked_for_anew(monkeypa
 
     with pytest.raises(SourceUnreachable, match="no actor of this name"):
         await RemoteSource(nobody, "model", (ValueError,)).reject(1, {}, "worse")
+
+
+async def test_a_cancellation_that_meets_the_answer_is_not_lost() -> None:
+    answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+    handle = SimpleNamespace(offers=SimpleNamespace(remote=lambda *_: answer))
+    asking = asyncio.create_task(RemoteSource(lambda: handle, "eagle3", (NoAnswer,)).offers())
+    await asyncio.sleep(0)
+    answer.set_result(b"")
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
 
 
 async def test_what_a_server_rejects_the_trainer_does_not_go_on_from(

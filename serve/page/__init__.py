@@ -7,12 +7,12 @@ open as the metrics are (`serve.access`). No file comes from elsewhere, and brow
 import math
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
 from serve.access import PAGE_DATA_PATH, PAGE_PATH, PAGE_PATHS
-from serve.history import History
+from serve.history import Hour
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -38,7 +38,15 @@ _HEADERS = {
 DATA_HEADERS = {**_HEADERS, "content-type": "application/json", "cache-control": "no-store"}
 
 
-def install(app: "Starlette", history: History) -> None:
+class Source(Protocol):
+    """Where the page's data come from: `serve.history.History` of a server."""
+
+    async def look(self) -> None: ...
+
+    def since(self, time_s: float) -> Hour: ...
+
+
+def install(app: "Starlette", history: Source) -> None:
     """Add the page's routes to an application that does not serve yet."""
     for path in sorted(PAGE_PATHS):
         app.add_route(path, _file(path), methods=["GET"])
@@ -58,7 +66,7 @@ def _file(path: str) -> "Handler":
     return answer
 
 
-def _data(history: History) -> "Handler":
+def _data(history: Source) -> "Handler":
     async def answer(request: "Request") -> "Response":
         from starlette.responses import Response
 

@@ -4,6 +4,7 @@ import json
 import re
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +82,10 @@ def random_prompts(count: int, seed: int = 0) -> list[list[int]]:
 
 
 def end(pid: int) -> None:
-    """End a process that a test started, and those below it: SIGTERM, after a while SIGKILL."""
-    process = psutil.Process(pid)
-    mine = [process, *process.children(recursive=True)]
-    process.terminate()
-    for left in psutil.wait_procs(mine, timeout=20)[1]:
-        left.kill()
+    """End a process that a test started, and those below it: SIGTERM, after a while SIGKILL. It may be over already."""
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        mine = [process, *process.children(recursive=True)]
+        process.terminate()
+        for left in psutil.wait_procs(mine, timeout=20)[1]:
+            left.kill()

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import urllib.error
@@ -30,7 +31,10 @@ def test_stock_vllm_serves_a_published_drafter(learning: ServedModel, tiny_model
     store = DrafterStore(learning.run_dir / "drafters")
     newest = store.latest()
     assert newest is not None
-    speculation = {"method": "eagle3", "model": str(store.read(newest).path), "num_speculative_tokens": 3}
+    drafter = tmp_path / "drafter"
+    with store.held(newest):  # learning goes on, and old versions go while vLLM starts
+        shutil.copytree(store.read(newest).path, drafter)
+    speculation = {"method": "eagle3", "model": str(drafter), "num_speculative_tokens": 3}
     url = "http://127.0.0.1:18765"
     command = [sys.executable, VLLM, "serve", tiny_model, "--port=18765", "--host=127.0.0.1"]
     flags = [
