@@ -186,7 +186,8 @@ def _traffic(known: argparse.Namespace, _rest: list[str]) -> int:
 
 
 def _bench(known: argparse.Namespace, rest: list[str]) -> int:
-    from aurora.bench import BenchOptions, Load, run
+    from aurora.bench import run
+    from aurora.bench_options import BenchOptions, Load
 
     mine = {"datasets": tuple(known.datasets), "loads": tuple(Load(*each) for each in known.loads)}
     mine |= {"urls": tuple(known.urls)}

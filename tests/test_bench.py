@@ -9,7 +9,8 @@ from threading import Thread
 
 import pytest
 
-from aurora.bench import ARMS, BenchOptions, Load, arms, measure, measured, run
+from aurora.bench import measure, measured, run
+from aurora.bench_options import ARMS, BenchOptions, Load, arms
 from aurora.bench_result import BASELINE, BenchResult, Cell, Measurement, full_throughput
 from aurora.cli import _parser
 from aurora.config import AuroraConfig, UserError

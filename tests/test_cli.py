@@ -176,18 +176,19 @@ def test_bench_takes_the_model_first_and_passes_other_flags_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from aurora import bench
+    from aurora.bench_options import BenchOptions, Load
 
-    seen: list[bench.BenchOptions] = []
+    seen: list[BenchOptions] = []
     monkeypatch.setattr(bench, "run", lambda options: seen.append(options) or 0)
     assert main(["bench"]) == 0
     mine = ("--rounds", "2", "--concurrency", "2,8@0.7", "--dataset", "a", "--dataset", "b", "--batch-table", "1:2,9:0")
     assert main(["bench", "m", *mine, "--max-model-len", "512"]) == 0
-    assert seen[0] == bench.BenchOptions()
-    assert seen[1] == bench.BenchOptions(
+    assert seen[0] == BenchOptions()
+    assert seen[1] == BenchOptions(
         model="m",
         datasets=("a", "b"),
         rounds=2,
-        loads=(bench.Load(2), bench.Load(8, 0.7)),
+        loads=(Load(2), Load(8, 0.7)),
         batch_table=((1, 2), (9, 0)),
         vllm_args=("--max-model-len", "512"),
     )

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aurora.bench import BenchOptions, Load, _keep
+from aurora.bench import _keep
+from aurora.bench_options import BenchOptions, Load
 from aurora.bench_result import BASELINE, BenchResult, Measurement
 from aurora.cli import main
 from aurora.config import UserError
