@@ -55,7 +55,9 @@ class ServerConfig(_Branch):
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     api_key_file: Path | None = Field(None, description="file with one API key a line; AURORA_API_KEY works too")
-    num_cpus: float | None = Field(None, gt=0, description="Ray CPUs of the server; default: all but the trainer's")
+    num_cpus: float | None = Field(
+        None, gt=0, description="Ray CPUs of the server; on a cluster also cores of its engine"
+    )
     num_gpus: float = Field(0, ge=0, description="Ray GPUs of the server")
     start_timeout_s: float = Field(900, gt=0, description="a server that has not started by then is given up")
     insecure: bool = Field(False, description="listen beyond this machine without an API key, use an open Ray cluster")

@@ -28,6 +28,9 @@ MACHINES = {
     "train": {"train": 1},
 }
 REPLICAS = ("replica-000", "replica-001")
+CORES_EACH = max(
+    len(os.sched_getaffinity(0)) // len(REPLICAS), 1
+)  # of those that serve; the others have none to themselves
 _RAY_PORT, _PORT = 6379, 8000
 _PORTS = (  # each machine has its own; for ports that its agents choose a raylet waits 15 s and no longer
     "--metrics-export-port=8080",
@@ -140,7 +143,7 @@ class RayNodes:
         command = [
             *("ray", "start", "--block", "--disable-usage-stats", "--include-log-monitor=false"),
             f"--node-ip-address={self.network.address(name)}",
-            f"--num-cpus={0 if name in ('head', 'router') else 1}",
+            f"--num-cpus={CORES_EACH if name.startswith('serve') else int(name == 'train')}",
             f"--resources={json.dumps(MACHINES[name])}",
             f"--object-store-memory={_STORE_BYTES}",
             *_PORTS,
@@ -204,9 +207,10 @@ class ClusterServer(ServedModel):
     def __init__(self, nodes: RayNodes, model: str, run_dir: Path, *flags: str) -> None:
         self._nodes = nodes
         where = (f"--address={nodes.address}", f"--host={nodes.network.address('router')}", f"--port={_PORT}")
-        wait = ("--insecure", f"--set=cluster.wait_s={_START_LIMIT_S:g}", "--replicas=2")
+        wait = ("--insecure", f"--set=cluster.wait_s={_START_LIMIT_S:g}", f"--replicas={len(REPLICAS)}")
+        cores = f"--set=server.num_cpus={CORES_EACH}"
         with _environment(nodes.environment):
-            super().__init__(model, run_dir, *where, *wait, *flags)
+            super().__init__(model, run_dir, *where, *wait, cores, *flags)
 
     def command(self, arguments: list[str]) -> list[str]:
         return self._nodes.inside("router", arguments)

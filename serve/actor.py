@@ -21,6 +21,7 @@ from aurora.trace_log import TraceLog
 from serve.admission import Admission
 from serve.calibration import calibrate
 from serve.canary import Canary, RouterGone
+from serve.cores import claim_cores
 from serve.engine import RunningEngine, install_seams, start_engine
 from serve.exporter import PrometheusExporter
 from serve.feedback import (
@@ -94,6 +95,7 @@ class Server:
         sock = bind(server.host, port or server.port, shared=port is not None)  # the launcher may stand in for us there
         await self._stores.begin(server.start_timeout_s)
         newest = await self._canary.newest(self._stores.all()) if self._canary is not None else {}
+        cores = claim_cores(server.num_cpus) if self.config.cluster.address is not None else None
         engine = start_engine(self.config, self.model_dir, newest)
         self._admission = Admission(_places(engine, self.config))
         self._admission.engine_died = lambda: engine.client.errored
@@ -110,6 +112,8 @@ class Server:
             for loop in loops:
                 loop.cancel()
             engine.client.shutdown()
+            if cores is not None:
+                cores.release()
 
     async def _hand_on(self) -> None:
         """Let the trainer and the log have what was captured last."""
