@@ -101,7 +101,7 @@ def replicas(nodes: RayNodes, model: str, run_dir: Path, flags: Sequence[str], p
     server = ClusterServer(nodes, model, run_dir, *flags)
     try:
         server.wait_all()
-        _send(server, plan)  # what nobody has asked before is slower
+        _send(server, plan, plan.limit)  # what nobody has asked before is slower
         for number in range(plan.rounds):
             for count in (1, 2):
                 _scale(nodes, server, count)
@@ -134,20 +134,21 @@ def _scale(nodes: RayNodes, server: ClusterServer, count: int) -> None:
 
 
 def _round(server: ClusterServer, plan: Plan, cell: str, number: int) -> Round:
+    _send(server, plan, 2 * plan.concurrency)  # first requests meet an engine that has just started
     before, answered = server.versions(), server.samples("aurora_router_requests_total")
-    measured = _send(server, plan)
+    measured = _send(server, plan, plan.limit)
     after, later = server.versions(), server.samples("aurora_router_requests_total")
     versions = {name: [before[name], after[name]] for name in before if name in after}
     grown = {name: later[name] - answered.get(name, 0.0) for name in later}
     return Round(cell, number, plan.workload, measured, versions, grown)
 
 
-def _send(server: ClusterServer, plan: Plan) -> dict[str, float]:
-    """What `aurora traffic` finds. Raises UserError when it does not run."""
+def _send(server: ClusterServer, plan: Plan, limit: int) -> dict[str, float]:
+    """What `aurora traffic` finds with the first `limit` prompts. Raises UserError when it does not run."""
     file = server.run_dir / "traffic.json"
     command = [
         *(sys.executable, "-m", "aurora.cli", "traffic", str(plan.prompts), "--url", server.url, "--json", str(file)),
-        *("--limit", str(plan.limit), "--concurrency", str(plan.concurrency), "--max-tokens", str(plan.max_tokens)),
+        *("--limit", str(limit), "--concurrency", str(plan.concurrency), "--max-tokens", str(plan.max_tokens)),
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode not in (0, 1):
