@@ -6,7 +6,7 @@ known to be right or wrong after the next step. The version is refused when its 
 as `aurora.guard` judges it, and approved when both have drafts enough, some of them right, and it is not below what it
 has to keep. What is undecided after the longest trial is refused if it lies more than a standard error below, else
 approved: the gate has compared the two before, on held-back traces. While one is on trial newer ones wait; only the
-newest is tried next.
+newest is tried next, as soon as the canary has taken this one back by itself (`aurora.guard`).
 """
 
 from collections.abc import Iterable, Mapping
@@ -27,6 +27,8 @@ class Rollout:
     approved: int = 0  # the newest version that every replica may use
     _trial: int = 0  # 0: none
     _since_s: float = 0.0
+    _canary: str = ""  # who was given the version on trial
+    _drafted: str = ""  # who has drafted with it
     _refused: set[int] = field(default_factory=set)
     _new: Proportion = field(default_factory=Proportion)
     _old: Proportion = field(default_factory=Proportion)
@@ -44,9 +46,13 @@ class Rollout:
         if replica != names[0]:
             self._settle(now_s)
             return self.approved
+        if self._drafted == replica and 0 < live != self._trial:
+            self._refused.add(self._trial)  # its own guard took it back
         if not self._trial or self._trial in self._refused or self._trial > latest:
             self._trial, self._since_s = (0, 0.0) if latest in self._refused else (latest, now_s)
             self._new = self._old = Proportion()
+            self._drafted = ""
+        self._canary = replica
         self._settle(now_s)
         return self._trial or self.approved
 
@@ -55,6 +61,7 @@ class Rollout:
         for version, (drafts, right) in first_drafts.items():
             if version == self._trial:
                 self._new += Proportion(drafts, right)
+                self._drafted = self._canary
             elif version == live == self.approved:
                 self._old += Proportion(drafts, right)
 

@@ -23,7 +23,9 @@ def test_only_the_canary_gets_a_new_version_until_it_has_drafted_as_well_as_the_
     trial.observe(1, {1: (300, 150)})
     assert trial.allowed("b", REPLICAS, 1, 2, 2) == 1
     trial.observe(2, {2: (1, 1)})
-    assert [trial.allowed(name, REPLICAS, 1, 2, 3) for name in REPLICAS] == [2, 2, 2]
+    assert [trial.allowed(name, REPLICAS, live, 2, 3) for name, live in zip(REPLICAS, (2, 1, 1), strict=True)] == [
+        2
+    ] * 3
 
 
 def test_a_worse_version_is_refused_and_the_others_never_get_it() -> None:
@@ -75,6 +77,25 @@ def test_while_one_is_on_trial_newer_ones_wait() -> None:
     assert trial.allowed("a", REPLICAS, 2, 5, 3) == 2
     assert trial.allowed("a", REPLICAS, 2, 5, 4) == 5
     assert trial.allowed("b", REPLICAS, 1, 5, 4) == 2
+
+
+def test_a_version_that_the_canary_took_back_makes_way_for_newer_ones() -> None:
+    trial = rollout()
+    assert trial.allowed("a", REPLICAS, 1, 2, 0) == 2
+    trial.observe(1, {1: (530, 10)})
+    trial.observe(2, {2: (530, 0)})
+    assert trial.allowed("b", REPLICAS, 1, 2, 1) == 1
+    assert [trial.allowed(name, REPLICAS, 1, 9, 2) for name in REPLICAS] == [9, 1, 1], "its guard was faster than we"
+    assert trial.allowed("a", REPLICAS, 9, 9, 500) == 9
+    assert [trial.allowed(name, REPLICAS, 1, 9, 500) for name in REPLICAS[1:]] == [9, 9]
+
+
+def test_a_canary_that_starts_anew_goes_on_with_the_trial() -> None:
+    trial = rollout()
+    assert trial.allowed("a", REPLICAS, 1, 2, 0) == 2
+    trial.observe(2, {2: (50, 20)})
+    assert trial.allowed("a", REPLICAS, 0, 3, 1) == 2
+    assert trial.allowed("b", ("b", "c"), 1, 3, 2) == 2, "nor has another in its place taken anything back"
 
 
 def test_when_the_canary_is_gone_another_replica_takes_its_place() -> None:
