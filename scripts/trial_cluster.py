@@ -49,10 +49,12 @@ look = partial(wait_until, every_s=_LOOK_S)  # at metrics of other machines, whi
 class Node:
     """One machine's part of the cluster, kept running until it is lost."""
 
-    def __init__(self, network: Network, name: str, command: list[str], environment: dict[str, str], log: Path) -> None:
+    def __init__(self, network: Network, name: str, command: list[str], environment: dict[str, str], own: Path) -> None:
+        """own: its directory, with Ray's in it, and its log beside it."""
         self.name = name
         self._network = network
-        self._command, self._environment, self._log = command, environment, log
+        self._command, self._environment, self._log = command, environment, own.with_suffix(".log")
+        self._cluster = own / "ray" / "ray_current_cluster"
         self._wanted = threading.Event()
         self._thread = threading.Thread(target=self._keep, daemon=True)
         self._over = threading.Event()
@@ -101,6 +103,7 @@ class Node:
         self._wanted.clear()
         self._network.plug(self.name, False)
         self._network.end(self.name)
+        self._cluster.unlink(missing_ok=True)  # Ray takes others' raylets, which this host lists, for its own head's
 
     def give_back(self) -> None:
         """The machine is switched on again."""
@@ -150,7 +153,7 @@ class RayNodes:
             *(where if name == "head" else [f"--address={self.address}"]),
         ]
         command = self.network.inside(name, command, mounts)
-        return Node(self.network, name, command, self.environment, self.directory / f"{name}.log")
+        return Node(self.network, name, command, self.environment, self.directory / name)
 
     def _own(self, name: str, places: set[Path]) -> dict[Path, Path]:
         """Directories that this machine has for itself, by where it sees them."""
