@@ -119,7 +119,7 @@ class Node:
 
 
 def _goes_first(session: int) -> None:
-    """Where the kernel weighs sessions: engines take all cores, and a raylet waits 15 s for its agent's start, no longer."""
+    """Where the kernel weighs sessions: engines take all cores, and a raylet waits 15 s for its agent, no longer."""
     with suppress(OSError):
         Path(f"/proc/{session}/autogroup").write_text("-15")
 
