@@ -28,7 +28,7 @@ from aurora.run_directory import only_server_of
 from aurora.standby import Standby
 from aurora.start_notice import StartNotice
 from aurora.stop_signals import StopSignals
-from aurora.store import READY
+from aurora.store import READY, DrafterRefused
 
 log = logging.getLogger(__name__)
 
@@ -49,9 +49,11 @@ def serve(config: AuroraConfig) -> int:
     refuse_exposure(config.server, keys)
     require_token(config.server.insecure)
     bind(config.server.host, config.server.port).close()  # before the minutes that a start may take
-    _check_first_drafter(config)
+    drafter = _first_drafter(config)
     with only_server_of(config.run_dir):
         model_dir = model_directory(resolve_model(config.model, config.cache_dir))
+        if drafter is not None:
+            _refuse_another_models(drafter, model_dir)
         return _serve(config, model_dir, keys)
 
 
@@ -72,14 +74,14 @@ def _serve(config: AuroraConfig, model_dir: Path, keys: list[str]) -> int:
         ray.shutdown()
 
 
-def _check_first_drafter(config: AuroraConfig) -> None:
-    """Raise UserError for a `--drafter` that is none, and say so when it is left aside; files alone are looked at.
+def _first_drafter(config: AuroraConfig) -> Path | None:
+    """The `--drafter` to begin with, if it can be read here. Raises UserError for one that is none.
 
     A store with versions goes on with its newest, so that the same command line may start a server again.
     """
     given = config.speculation.drafter
     if given is None or not config.speculation.enabled:
-        return
+        return None
     if any(config.store_dir.glob(f"v*/{READY}")):
         log.warning(
             "--drafter %s is left aside: %s has versions and goes on with the newest; to begin with this one give "
@@ -87,8 +89,22 @@ def _check_first_drafter(config: AuroraConfig) -> None:
             given,
             config.store_dir,
         )
-    elif config.cluster.address is None and not (given.expanduser() / "config.json").is_file():
+        return None
+    if config.cluster.address is not None:
+        return None  # it lies where the trainer is
+    if not (given.expanduser() / "config.json").is_file():
         raise UserError(f"--drafter {given}: no config.json there; give a drafter's directory, or leave it out")
+    return given.expanduser()
+
+
+def _refuse_another_models(drafter: Path, model_dir: Path) -> None:
+    """Raise UserError where the two directories' configurations do not belong together; tensors are read later."""
+    from drafters import check_directory
+
+    try:
+        check_directory(drafter, model_dir)
+    except DrafterRefused as error:
+        raise UserError(f"--drafter: {error}") from error
 
 
 def _say_placement(config: AuroraConfig, model_dir: Path) -> None:

@@ -10,11 +10,13 @@ import pytest
 import ray
 
 from aurora.config import AuroraConfig, ServerConfig, SpeculationConfig, UserError
-from aurora.launch import _check_first_drafter, _start_ray, serve
+from aurora.launch import _first_drafter, _start_ray, serve
 from aurora.run_directory import only_server_of
 from aurora.start_notice import StartNotice
 from aurora.stop_signals import StopSignals
+from drafters import Eagle3Config, TargetWeights, initialise, save_drafter
 from serve.listen import bind
+from tests.tiny import DRAFT_VOCAB
 
 
 @pytest.fixture
@@ -139,15 +141,31 @@ def test_a_first_drafter_that_is_none_is_refused_before_anything_is_made(tmp_pat
     assert not config.run_dir.exists()
 
 
+@pytest.mark.usefixtures("token")
+def test_a_first_drafter_of_another_model_is_refused_before_ray_starts(
+    tmp_path: Path, target: TargetWeights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aurora.launch._serve", lambda *_: 0)
+    (drafter := tmp_path / "mine").mkdir()
+    save_drafter(initialise(target, Eagle3Config.for_target(target.config, DRAFT_VOCAB), seed=0), drafter, 3, target)
+    given = {"model": target.name, "run_dir": tmp_path / "run", "server": ServerConfig(port=0)}
+    config = AuroraConfig(**given, speculation=SpeculationConfig(drafter=drafter))
+    assert serve(config) == 0
+    file = drafter / "config.json"
+    file.write_text(file.read_text().replace('"hidden_size": ', '"hidden_size": 9'))
+    with pytest.raises(UserError, match=r"--drafter: .*mine/config.json: hidden_size is 9.*, the target needs"):
+        serve(config)
+
+
 def test_a_first_drafter_that_comes_too_late_is_left_aside_and_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "drafters" / "v000001").mkdir(parents=True)
     config = AuroraConfig(run_dir=tmp_path, speculation=SpeculationConfig(drafter=tmp_path / "mine"))
     with pytest.raises(UserError):
-        _check_first_drafter(config)
+        _first_drafter(config)
     (config.store_dir / "v000001" / "READY").touch()
-    _check_first_drafter(config)
+    assert _first_drafter(config) is None
     assert f"mine is left aside: {config.store_dir} has versions" in caplog.text
 
 
