@@ -85,7 +85,7 @@ class LocalSource:
 
     def offers(self) -> bytes:
         """The versions that are READY now."""
-        found: list[Offer] = []
+        found: list[msgspec.Raw] = []
         paths: dict[str, Path] = {}
         for number in self._store.versions():
             try:
@@ -93,10 +93,11 @@ class LocalSource:
                 files = {name: _offered(version.path / name, digest) for name, digest in version.digests.items()}
                 offer = Offer(number, files, version.metadata, self._store.rejection(number))
                 check_offer(offer)
-            except (OSError, TypeError, DrafterRefused):  # being pruned, or damaged
+                encoded = msgspec.Raw(msgspec.msgpack.encode(offer))
+            except (OSError, TypeError, ValueError, OverflowError):  # being pruned, or damaged
                 continue
             paths |= {digest: version.path / name for name, digest in version.digests.items()}
-            found.append(offer)
+            found.append(encoded)
         self._paths = paths
         return msgspec.msgpack.encode(found)
 

@@ -16,7 +16,8 @@ from serve.cores import CoreClaim, claim_cores
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Four cores, no GPU."""
+    """Four cores, no GPU, and an environment of its own."""
+    monkeypatch.setattr(os, "environ", os.environ.copy())
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {8, 9, 10, 11})
     monkeypatch.setattr(module, "has_gpu", lambda: False)
     monkeypatch.setattr(environment, "has_gpu", lambda: False)

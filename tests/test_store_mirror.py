@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -285,6 +285,10 @@ def test_a_list_that_is_none_is_refused_or_empty(payload: bytes) -> None:
 
 @settings(max_examples=20)
 @given(_JSON | st.fixed_dictionaries({"digests": st.dictionaries(st.text(), _JSON), "metadata": st.just({})}))
+@example({"digests": {"\x00": "0" * 64}, "metadata": {}})
+@example({"digests": {"\ud800": "0" * 64}, "metadata": {}})
+@example({"digests": {}, "metadata": {"why": "\ud800"}})
+@example({"digests": {}, "metadata": {"n": 1 << 70}})
 def test_a_damaged_record_hides_no_other_version(record: object) -> None:
     with tempfile.TemporaryDirectory() as root, asyncio.Runner() as runner:
         pair = Pair(Path(root), runner)
