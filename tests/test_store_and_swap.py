@@ -96,7 +96,7 @@ class StoreAndSwap(RuleBasedStateMachine):
             (directory / "weights.pt").write_bytes(b"a pickle")
         elif how == "record":
             (directory / READY).write_text(json.dumps({"digests": {}, "metadata": {}}))
-        elif not file.exists():
+        elif file.is_symlink() or not file.exists():
             return
         elif how == "flip":
             content = bytearray(file.read_bytes())
