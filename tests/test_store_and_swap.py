@@ -100,7 +100,8 @@ class StoreAndSwap(RuleBasedStateMachine):
             return
         elif how == "flip":
             content = bytearray(file.read_bytes())
-            content[data.draw(st.integers(0, len(content) - 1))] ^= 1
+            place = data.draw(st.integers(0, len(content) - 1))
+            content[place] = (content[place] + 1) % 256  # twice is not undone
             file.write_bytes(content)
         elif how == "cut":
             file.write_bytes(file.read_bytes()[:-1])
