@@ -6,7 +6,7 @@ known to be right or wrong after the next step. The version is refused when its 
 as `aurora.guard` judges it, and approved when both have drafts enough, some of them right, and it is not below what it
 has to keep. What is undecided after the longest trial is refused if it lies more than a standard error below, else
 approved: the gate has compared the two before, on held-back traces. While one is on trial newer ones wait; only the
-newest is tried next, as soon as the canary has taken this one back by itself (`aurora.guard`).
+newest is tried next, at once where the canary's own guard (`aurora.guard`) has taken this one back.
 """
 
 from collections.abc import Iterable, Mapping

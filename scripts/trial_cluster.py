@@ -28,9 +28,8 @@ MACHINES = {
     "train": {"train": 1},
 }
 REPLICAS = ("replica-000", "replica-001")
-CORES_EACH = max(
-    len(os.sched_getaffinity(0)) // len(REPLICAS), 1
-)  # of those that serve; the others have none to themselves
+# Of the machines that serve; the others have none to themselves.
+CORES_EACH = max(len(os.sched_getaffinity(0)) // len(REPLICAS), 1)
 _RAY_PORT, _PORT = 6379, 8000
 _PORTS = (  # each machine has its own; for ports that its agents choose a raylet waits 15 s and no longer
     "--metrics-export-port=8080",

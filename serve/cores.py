@@ -5,7 +5,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from aurora.environment import engine_environment, has_gpu
@@ -24,22 +24,31 @@ class CoreClaim:
 
     def __init__(self, count: int, among: Sequence[int], directory: Path) -> None:
         self._locks = ExitStack()
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with suppress(OSError):  # then no lock is to be had there
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.cores: list[int] = []
         for core in among:
             if len(self.cores) < count and self._has(directory / str(core)):
                 self.cores.append(core)
         if len(self.cores) < count:
-            log.warning("%d of the %d cores that server.num_cpus wants are free: all share", len(self.cores), count)
+            log.warning(
+                "%d of the %d cores that server.num_cpus wants are to be had in %s: all share",
+                len(self.cores),
+                count,
+                directory,
+            )
             self.release()
             self.cores = list(among)
 
     def _has(self, file: Path) -> bool:
         """Whether the lock is ours now."""
-        lock = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            lock = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        except OSError:
+            return False
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except OSError:  # another has it, or the file system knows no locks
             os.close(lock)
             return False
         self._locks.callback(os.close, lock)

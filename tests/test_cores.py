@@ -56,6 +56,15 @@ def test_what_a_process_had_is_free_when_it_ends(tmp_path: Path) -> None:
     assert CoreClaim(2, [0, 1], tmp_path).cores == [0, 1]
 
 
+def test_without_locks_all_cores_are_shared(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").touch()
+    assert CoreClaim(1, [0, 1], tmp_path / "file" / "locks").cores == [0, 1]
+    assert "0 of the 1 cores that server.num_cpus wants are to be had in" in caplog.text
+    (tmp_path / "0").symlink_to(tmp_path / "another's")
+    assert CoreClaim(1, [0, 1], tmp_path).cores == [1]
+    assert not (tmp_path / "another's").exists()
+
+
 def test_servers_of_two_cores_each_are_bound_apart(machine: None, monkeypatch: pytest.MonkeyPatch) -> None:
     first = claim_cores(2.0)
     assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "8-9"
