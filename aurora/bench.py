@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import Progress
 
-from aurora.bench_options import BenchOptions, arms
+from aurora.bench_options import BenchOptions, Load, arms
 from aurora.bench_result import BenchResult, Cell, Measurement, full_throughput, show
 from aurora.config import UserError
 from aurora.local_server import LocalServer
@@ -72,10 +72,16 @@ def run(options: BenchOptions) -> int:
     show(result)
     _keep(result, options, result.rows())
     if options.html is not None:
-        write_html(options.html, [BenchRun("this run", result, _identity(options), versions())])
+        write_html(options.html, [BenchRun(_title(options), result, _identity(options), versions())])
     if options.results is not None:
         write_rows(options.results, result.published(options.experiment, options.cell))
     return 0
+
+
+def _title(options: BenchOptions) -> str:
+    """Of its report."""
+    baseline, *others = options.names
+    return f"{', '.join(others)} against {baseline}" if options.urls else options.model
 
 
 def _is_complete(result: BenchResult, prompts: Mapping[str, Sequence[Conversation]], options: BenchOptions) -> bool:
@@ -116,7 +122,16 @@ def _identity(options: BenchOptions) -> dict[str, str]:
     """What must be the same for a run to go on, by name."""
     left_out = ["json_file", "html", "results", "experiment", "cell", "rounds"]
     left_out += ["arms", "model", "batch_table"] if options.urls else ["urls"]
-    return {name: str(value) for name, value in asdict(options).items() if name not in left_out}
+    return {name: _said(value) for name, value in asdict(options).items() if name not in left_out}
+
+
+def _said(value: object) -> str:
+    """An option as its flag has it, or nearly so."""
+    if value is None or value == ():
+        return "-"
+    if isinstance(value, tuple) and not isinstance(value, Load):
+        return ", ".join(":".join(map(str, each)) if type(each) is tuple else str(each) for each in value)
+    return str(value)
 
 
 def measured(options: BenchOptions) -> BenchResult:

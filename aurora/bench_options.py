@@ -29,6 +29,10 @@ class Load(NamedTuple):
     concurrency: int
     temperature: float = 0.0
 
+    def __str__(self) -> str:
+        """As --concurrency takes it."""
+        return f"{self.concurrency}@{self.temperature:g}" if self.temperature else str(self.concurrency)
+
 
 @dataclass(frozen=True)
 class BenchOptions:

@@ -174,11 +174,15 @@ def heads(result: BenchResult) -> tuple[str, ...]:
     return ("prompts", "arm", "tokens/s", "tokens/step", "p50, s", "p99, s", ratio, "95 % interval", "range")
 
 
+def cell_of(row: Mapping[str, RowValue]) -> Cell:
+    """What a row of the table is of."""
+    return Cell(str(row["dataset"]), int(row["concurrency"] or 0), float(row["temperature"] or 0))
+
+
 def cells_of(row: Mapping[str, RowValue]) -> tuple[str, ...]:
     """A row's cells as text."""
-    cell = Cell(str(row["dataset"]), int(row["concurrency"] or 0), float(row["temperature"] or 0))
     return (
-        str(cell),
+        str(cell_of(row)),
         str(row["arm"]),
         f"{row['tokens_per_s']:.1f}",
         "-" if row["tokens_per_step"] is None else f"{row['tokens_per_step']:.2f}",

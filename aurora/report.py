@@ -17,9 +17,9 @@ import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
-from aurora.bench_result import BenchResult, Cell, cells_of, heads, wide_console
+from aurora.bench_result import BenchResult, Cell, cell_of, cells_of, heads, wide_console
 from aurora.config import UserError, require_writable
-from aurora.report_page import Grid, Section, latency_plot, page, speed_plot
+from aurora.report_page import Grid, Part, Section, latency_plot, page, ratio_plot, speed_plot
 from aurora.results import change_interval, median_interval
 from aurora.traffic_result import TrafficResult
 
@@ -65,8 +65,9 @@ def run(options: ReportOptions) -> int:
         raise UserError(f"{benches[0].name} is a bench, {traffics[0].name} is traffic; compare runs of one kind")
     sections = [*_bench_sections(benches)] if benches else [_traffic_section(traffics)]
     for section in sections:
-        for grid in section.grids:
-            _print(section.title, grid)
+        for part in section.parts:
+            if part.grid is not None:
+                _print(part.title or section.title, part.grid)
     if options.html is not None:
         _write(options.html, sections)
     return 0
@@ -114,15 +115,21 @@ def _write(file: Path, sections: Sequence[Section]) -> None:
 
 
 def _bench_sections(runs: Sequence[BenchRun]) -> list[Section]:
-    comparison = [Section("Comparison", [_changes(runs)])] if len(runs) > 1 else []
+    comparison = [Section("Comparison", [Part("", _changes(runs))])] if len(runs) > 1 else []
     return [*comparison, *(_bench_section(run) for run in runs)]
 
 
 def _bench_section(run: BenchRun) -> Section:
     result = run.result
-    grid = Grid(heads(result), [cells_of(row) for row in result.rows()])
-    plots = [(str(cell), plot(result, cell)) for cell in result.cells for plot in (speed_plot, latency_plot)]
-    return Section(run.name, [grid], plots, {"Configuration": run.options, "Versions": run.versions})
+    overview = Part("", plots=[(f"Over {result.baseline}: medians over the rounds", ratio_plot(result))])
+    parts = [overview, *(_cell_part(result, cell) for cell in result.cells)]
+    return Section(run.name, parts, {"Configuration": run.options, "Versions": run.versions})
+
+
+def _cell_part(result: BenchResult, cell: Cell) -> Part:
+    rows = [cells_of(row)[1:] for row in result.rows() if cell_of(row) == cell]
+    plots = [("Each round", speed_plot(result, cell)), ("Requests of all rounds", latency_plot(result, cell))]
+    return Part(str(cell), Grid(heads(result)[1:], rows), plots)
 
 
 def _changes(runs: Sequence[BenchRun]) -> Grid:
@@ -158,7 +165,7 @@ def _traffic_section(runs: Sequence[TrafficRun]) -> Section:
     first = asdict(runs[0].result)
     columns = [{name: _shown(value, first[name]) for name, value in asdict(run.result).items()} for run in runs]
     rows = [(name.replace("_", " "), *(column[name] for column in columns)) for name in first]
-    return Section("Traffic", [Grid(("", *(run.name for run in runs)), rows)])
+    return Section("Traffic", [Part("", Grid(("", *(run.name for run in runs)), rows))])
 
 
 def _shown(value: object, first: object) -> str:

@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from aurora.bench_result import BenchResult, Cell
+from aurora.results import median_interval
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _UNNAMED = dict.fromkeys(("Date", "Creator", "Format", "Type"))  # nothing about who made the picture
 _NAMESPACES = re.compile(r"\sxmlns(:\w+)?=\"[^\"]*\"")  # which HTML knows
-_SIZE = (6.4, 3.2)  # inches
+_WIDTH, _HEIGHT = 5.6, 3.2  # inches
+_WIDE, _ROW = 8.0, 0.16  # of the plot of ratios, and of an arm in it
+_BASELINE_COLOUR = "0.55"
 
 
 class Grid(NamedTuple):
@@ -27,12 +30,20 @@ class Grid(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Part:
+    """A table and its pictures."""
+
+    title: str  # "" where the section's says it all
+    grid: Grid | None = None
+    plots: Sequence[tuple[str, str]] = ()  # caption, SVG
+
+
+@dataclass(frozen=True)
 class Section:
-    """A part of a report."""
+    """What a report says of one run, or of several together."""
 
     title: str
-    grids: Sequence[Grid]
-    plots: Sequence[tuple[str, str]] = ()  # caption, SVG
+    parts: Sequence[Part]
     facts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # heading -> name -> value
 
 
@@ -47,12 +58,33 @@ def page(sections: Sequence[Section]) -> str:
     return environment.from_string(source).render(sections=sections)
 
 
+def ratio_plot(result: BenchResult) -> str:
+    """Median ratio of each arm to the baseline and its 95 % interval, all cells in one picture, as SVG."""
+    arms, colours = result.arms[1:], _colours(result)
+    figure, panel = _figure(_WIDE, _ROW * (len(arms) + 1) * len(result.cells) + 1.2)
+    panel.axvline(1, color=_BASELINE_COLOUR, linewidth=1)
+    for place, cell in enumerate(result.cells):
+        for below, arm in enumerate(arms):
+            ratios = result.ratios(arm, cell)
+            if ratios:
+                middle = float(np.median(ratios))
+                low, high = median_interval(ratios) or (middle, middle)
+                y, off = place + (below + 1) / (len(arms) + 1) - 0.5, [[middle - low], [high - middle]]
+                label = arm if place == 0 else None
+                panel.errorbar(middle, y, xerr=off, fmt="o", markersize=4, color=colours[arm], label=label)
+    panel.set_yticks(range(len(result.cells)), [str(cell) for cell in result.cells])
+    panel.set_ylim(len(result.cells) - 0.5, -0.5)
+    panel.set_xlabel(f"tokens/s over {result.baseline}")
+    return _svg(figure, panel, legend="outside right upper")
+
+
 def speed_plot(result: BenchResult, cell: Cell) -> str:
     """Tokens per second of each arm over the rounds, as SVG."""
     figure, panel = _figure()
-    for arm in result.arms:
+    for arm, colour in _colours(result).items():
         mine = result.of_arm(arm, cell)
-        panel.plot([m.round for m in mine], [m.tokens_per_s for m in mine], marker="o", markersize=3, label=arm)
+        speeds = [m.tokens_per_s for m in mine]
+        panel.plot([m.round for m in mine], speeds, marker="o", markersize=3, color=colour, label=arm)
     panel.set_xlabel("round")
     panel.xaxis.get_major_locator().set_params(integer=True)
     panel.set_ylabel("tokens/s")
@@ -63,29 +95,39 @@ def speed_plot(result: BenchResult, cell: Cell) -> str:
 def latency_plot(result: BenchResult, cell: Cell) -> str:
     """Share of each arm's requests that were answered within a time, as SVG."""
     figure, panel = _figure()
-    for arm in result.arms:
+    for arm, colour in _colours(result).items():
         seconds = np.sort([s for m in result.of_arm(arm, cell) for s in m.latency_s])
         if len(seconds):
-            panel.step(seconds, np.arange(1, len(seconds) + 1) / len(seconds), where="post", label=arm)
+            shares = np.arange(1, len(seconds) + 1) / len(seconds)
+            panel.step(seconds, shares, where="post", color=colour, label=arm)
     panel.set_xlabel("latency of a request, s")
     panel.set_ylabel("share of requests")
     panel.set_ylim(0, 1.02)
     return _svg(figure, panel)
 
 
-def _figure() -> "tuple[Figure, Any]":
+def _colours(result: BenchResult) -> dict[str, str]:
+    """Of each arm, the same in all plots; the baseline is grey."""
+    baseline, *others = result.arms
+    return {baseline: _BASELINE_COLOUR} | {arm: f"C{i}" for i, arm in enumerate(others)}
+
+
+def _figure(width: float = _WIDTH, height: float = _HEIGHT) -> "tuple[Figure, Any]":
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=_SIZE, layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()
 
 
-def _svg(figure: "Figure", panel: Any) -> str:
-    """The figure as an element of an HTML page; its text stays text."""
+def _svg(figure: "Figure", panel: Any, legend: str = "") -> str:
+    """The figure as an element of an HTML page; its text stays text. legend: its place, default: where there is room."""
     import matplotlib as mpl
 
     panel.grid(alpha=0.3)
-    panel.legend(fontsize="small")
+    if legend:
+        figure.legend(loc=legend, fontsize="small")
+    else:
+        panel.legend(fontsize="small")
     out = io.StringIO()
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "aurora"}):
         figure.savefig(out, format="svg", metadata=_UNNAMED)

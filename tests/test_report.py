@@ -54,7 +54,8 @@ def write_bench(file: Path, speeds: dict[str, tuple[float, ...]], dataset: str =
         for number, speed in enumerate(mine, 1)
     ]
     result = BenchResult(rounds, {"constant": 0.01})
-    _keep(result, BenchOptions(json_file=file, loads=(Load(4),), arms=("portfolio",)), result.rows())
+    loads, table = (Load(4), Load(2, 0.7)), ((1, 3), (8, 0))
+    _keep(result, BenchOptions(json_file=file, loads=loads, arms=("portfolio",), batch_table=table), result.rows())
     return file
 
 
@@ -72,10 +73,14 @@ def test_a_page_needs_nothing_else(tmp_path: Path) -> None:
     assert not {"script", "link", "img", "iframe", "object", "image"} & set(page.tags)
     assert "http" not in out.read_text().replace(str(tmp_path), "")
     assert "@import" not in out.read_text()
-    assert page.tags.count("svg") == 2, "speeds and latencies of the one cell"
+    assert page.tags.count("svg") == 3, "ratios of all cells, speeds and latencies of the one"
+    assert "sql, 4 at once" in page.texts["h3"]
     assert {"portfolio", BASELINE, "tokens/s", "latency of a request, s"} <= set(page.texts["text"])
     assert {"Configuration", "Versions"} <= set(page.texts["h3"])
-    assert {"torch", "python", "loads", "max_tokens"} <= set(page.texts["dt"])
+    facts = dict(zip(page.texts["dt"], page.texts["dd"], strict=True))
+    assert {"torch", "python"} <= set(facts)
+    said = {"loads": "4, 2@0.7", "arms": "portfolio", "batch_table": "1:3, 8:0", "drafter": "-", "max_tokens": "64"}
+    assert facts | said == facts, "as the flags have them"
     (ratio,) = [cell for cell in page.texts["td"] if cell == "1.500"]
     place = page.texts["td"].index(ratio)
     assert page.texts["td"][place + 1 : place + 3] == ["1.333 - 1.545", "1.333 - 1.545"]
