@@ -120,12 +120,12 @@ def _figure(width: float = _WIDTH, height: float = _HEIGHT) -> "tuple[Figure, An
 
 
 def _svg(figure: "Figure", panel: Any, legend: str = "") -> str:
-    """The figure as an element of an HTML page; its text stays text. legend: its place, default: where there is room."""
+    """The figure as an element of an HTML page; its text stays text. legend: its place if it is outside the panel."""
     import matplotlib as mpl
 
     panel.grid(alpha=0.3)
     if legend:
-        figure.legend(loc=legend, fontsize="small")
+        panel.figure.legend(loc=legend, fontsize="small")
     else:
         panel.legend(fontsize="small")
     out = io.StringIO()

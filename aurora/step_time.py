@@ -12,6 +12,9 @@ Ints = npt.NDArray[np.int64]
 
 _MEMORY = 1000.0  # steps after which an observation's weight has faded to 1/e
 _PACE_MEMORY = 50.0  # the same for the machine's pace
+_SPELL_MEMORY = 3.0  # the same for how much slower the very last steps were
+_SPELL = 0.7  # most that it makes of one step, as a logarithm: twice the time
+_LIKENESS_MEMORY = 100.0  # the same for how much that said of the step after them
 _PULL = 0.1  # steps that the last fit counts for
 _REFIT_EVERY = 8
 _ON_PURPOSE = 10.0  # times that a step counts which was taken to measure it
@@ -87,6 +90,9 @@ class StepTimeModel:
     the machine's usual pace, times the pace of late: a short average of how much slower than that the steps were. What
     one cost is relative to another, which is all that a choice depends on, is thus not mistaken for the pace.
 
+    Where slow steps do not come alone even so, a prediction goes by the last few as well, as far as such have said
+    something of their next (a regression through the origin). The costs do not.
+
     A rule that acts on the fit decides what the fit sees: held to be free, drafts are always as long as possible, so
     that their cost cannot be told from that of requests. Therefore steps that were taken on purpose (`measured`) are
     never forgotten: they decide what the others do not.
@@ -98,6 +104,9 @@ class StepTimeModel:
     _kept_gram: Floats = field(default_factory=lambda: np.zeros((len(COSTS), len(COSTS))))
     _kept_moment: Floats = field(default_factory=lambda: np.zeros(len(COSTS)))
     _pace: float = 0.0  # logarithm of how many times longer steps take of late
+    _spell: float = 0.0  # the same of the very last ones, beside that
+    _followed: float = 0.0  # sums of what a spell was and of what came next: of the product, of its own square
+    _squares: float = 0.0
     _seen: int = 0
     _model_seen: bool = False  # whether a draft model ever ran
     _errors: list[float] = field(default_factory=list)
@@ -157,8 +166,9 @@ class StepTimeModel:
         return self._costs * float(np.exp(self._pace))
 
     def predict(self, work: StepWork) -> float:
-        """Seconds that `work` will take. Raises ValueError before the first observation."""
-        return float(self.now @ work.vector())
+        """Seconds that `work` will take as the next step. Raises ValueError before the first observation."""
+        likeness = min(max(self._followed / self._squares, 0.0), 1.0) if self._squares else 0.0
+        return float(self.now @ work.vector() * np.exp(likeness * self._spell))
 
     def predict_plain(self, work: StepWork, emitted: int) -> float:
         """Seconds that the same prompts and the same `emitted` tokens would take without speculation.
@@ -168,7 +178,9 @@ class StepTimeModel:
         """
         plain = StepWork(work.requests, 0, 0, work.context_tokens, 0, 0)
         steps = emitted / work.requests if work.requests else 1.0
-        return steps * self.predict(plain) + work.prefill_tokens * float(self.now[PREFILL])
+        prompts = StepWork(0, 0, work.prefill_tokens, 0, 0, 0)
+        nothing = StepWork(0, 0, 0, 0, 0, 0)
+        return steps * self.predict(plain) + self.predict(prompts) - self.predict(nothing)
 
     def observe(self, work: StepWork, seconds: float) -> None:
         """Learn from a finished step."""
@@ -177,13 +189,14 @@ class StepTimeModel:
         if self._costs is None:
             self._costs = _PRIOR_SHARES * seconds / float(_PRIOR_SHARES @ x)
         usual = max(float(self._costs @ x), 1e-9)
-        predicted = usual * float(np.exp(self._pace))
-        self._errors = [*self._errors[-255:], abs(predicted - seconds) / seconds]
+        self._errors = [*self._errors[-255:], abs(self.predict(work) - seconds) / seconds]
+        difference = float(np.log(seconds / usual)) - self._pace
         settled = self._seen >= _SETTLED
         most = _SURPRISE if settled else _FIRST_SURPRISE
-        surprise = min(max(float(np.log(seconds / predicted)), -most), most)
+        surprise = min(max(difference, -most), most)
         if settled:
             self._pace += surprise / _PACE_MEMORY
+            self._remember(min(max(difference, -_SPELL), _SPELL))
         weight = 1.0 / usual**2  # relative errors: a long prefill must not drown the decode steps
         fade = 1.0 - 1.0 / _MEMORY
         self._gram = fade * self._gram + weight * np.outer(x, x)
@@ -191,6 +204,13 @@ class StepTimeModel:
         self._seen += 1
         if self._seen % _REFIT_EVERY == 0:
             self._costs = self._fit(self._costs)
+
+    def _remember(self, difference: float) -> None:
+        """How much slower than at the pace of late a step was: what the spell before said of it, and the spell now."""
+        fade = 1.0 - 1.0 / _LIKENESS_MEMORY
+        self._followed = fade * self._followed + self._spell * difference
+        self._squares = fade * self._squares + self._spell**2
+        self._spell += (difference - self._spell) / _SPELL_MEMORY
 
     def _fit(self, last: Floats) -> Floats:
         """What was seen, with a pull to the last fit."""

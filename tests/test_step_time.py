@@ -88,11 +88,27 @@ def test_what_drafts_cost_is_not_mistaken_for_the_machines_pace(seed: int):
         work = _work(requests=4, drafts=int(rng.binomial(16, 0.4)))
         slow = 1.7 if i // 200 % 3 == 1 else 1.0  # others use the machine, too
         model.observe(work, float(true @ work.vector()) * slow * float(rng.lognormal(0, 0.15)))
-        shares.append(model.costs["draft"] / model.predict(_work(requests=4)))
+        shares.append(model.costs["draft"] / float(model.now @ _work(requests=4).vector()))
         if i % 200 == 199:
-            assert model.predict(work) == pytest.approx(float(true @ work.vector()) * slow, rel=0.1)
+            usual = float(model.now @ work.vector())
+            assert usual == pytest.approx(float(true @ work.vector()) * slow, rel=0.1)
     right = true[2] / (true[0] + 4 * true[1])
     assert 0.6 * right < min(shares[400:]) < max(shares[400:]) < 1.6 * right
+
+
+@pytest.mark.parametrize(("likeness", "most"), [(0.8, 0.8), (0.0, 1.05)])
+def test_slow_steps_that_do_not_come_alone_are_foreseen(likeness: float, most: float):
+    rng = np.random.default_rng(0)
+    model, noise, errors, usual_errors = StepTimeModel(), 0.0, [], []
+    for i in range(2000):
+        work = _work(requests=4, drafts=int(rng.binomial(16, 0.4)))
+        noise = likeness * noise + float(rng.normal(0, 0.15 * (1 - likeness**2) ** 0.5))
+        seconds = (0.04 + 0.0015 * work.drafts) * float(np.exp(noise))
+        if i > 500:
+            errors.append(abs(model.predict(work) - seconds) / seconds)
+            usual_errors.append(abs(float(model.now @ work.vector()) - seconds) / seconds)
+        model.observe(work, seconds)
+    assert np.median(errors) < most * np.median(usual_errors)
 
 
 def test_prediction_before_any_step_is_refused():
