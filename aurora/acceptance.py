@@ -13,12 +13,12 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 
-SHARED_MEMORY = 200.0  # observations of one position after which older ones have faded to 1/e
+SHARED_MEMORY = 1000.0  # observations of one position after which older ones have faded to 1/e
 REQUEST_MEMORY = 24.0
 SHARED_PRIOR = 4.0  # pseudo-observations behind the prior below
 REQUEST_PRIOR = 12.0  # pseudo-observations with which a request starts at the shared rates
 OPTIMISM = 0.6  # rate assumed of a drafter nobody has seen at work
-_NEW_VERSION = 0.1  # weight that observations of an older drafter version keep
+_NEW_VERSION = 0.02  # weight that observations of an older drafter version keep
 _GATE_PRIOR = 20.0  # pseudo-observations that a new version's gate result counts for
 
 

@@ -41,9 +41,9 @@ from aurora.step_time import Floats, Ints, StepTimeModel, StepWork
 BURST = 4.0  # credit of one burst, in plain steps; granted at start and at each new drafter version
 _CURVE_MEMORY = 0.9  # of what the table was worth in a request's earlier steps
 _DOMAIN_CURVE_MEMORY = 0.99
-WORTH_READING = 1.03  # times the merit without it that must come of the neural drafter once no request is cold
+WORTH_READING = 1.02  # times the merit without it that must come of the neural drafter once no request is cold
 _NEARLY_READ = 16.0  # unread tokens up to which the draft model goes along with a request at each step
-INVESTED_STEPS = 32.0  # steps that reading more than that, or a prompt, is an investment for
+INVESTED_STEPS = 256.0  # steps that reading more than that, or a prompt, is an investment for: those of an answer
 
 
 @dataclass(frozen=True)
