@@ -3,20 +3,36 @@
 from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ValidationError
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 
 def explain(error: ValidationError, tree: type[BaseModel], file: Path | None) -> str:
     """All that is wrong, with key and value. tree: the model that was validated. file: what was read beside flags."""
     source = f" (flags over {file})" if file else ""
     problems = []
+    wrong_inside = {item["loc"][:-1] for item in error.errors()}
     for item in error.errors():
+        if item["type"] == "too_short" and item["loc"] in wrong_inside:
+            continue  # its items were refused one by one
         key = ".".join(map(str, item["loc"])) or "configuration"
         given = f", got {item['input']!r}" if item["type"] != "extra_forbidden" and item["loc"] else ""
-        message = _unknown(key, tree) if item["type"] == "extra_forbidden" else item["msg"]
-        problems.append(f"{key}: {message}{given}")
+        problems.append(f"{key}: {_message(item, key, tree)}{given}")
     return "; ".join(problems) + source
+
+
+def _message(item: "ErrorDetails", key: str, tree: type[BaseModel]) -> str:
+    if item["type"] == "extra_forbidden":
+        return _unknown(key, tree)
+    if item["type"] in ("tuple_type", "list_type"):
+        return "give a list, such as [a, b]"
+    if item["type"] in ("model_type", "model_attributes_type"):
+        return f"a section of keys; set one of them, such as {key}.KEY"
+    return item["msg"]
 
 
 def _unknown(key: str, tree: type[BaseModel]) -> str:

@@ -26,16 +26,16 @@ def add_drafters_command(commands: _Commands) -> None:
     listing = _add(each, "list", _list, "its versions", as_json=True)
     listing.add_argument("--url", help="server that counted the live acceptance, e.g. http://127.0.0.1:8000")
     listing.add_argument("--api-key-file", type=Path, metavar="FILE", help="its key; default: AURORA_API_KEY")
-    _add(each, "show", _show, "one version, its files checked", as_json=True).add_argument("number", type=int)
+    _add(each, "show", _show, "one version, its files checked", as_json=True).add_argument("number", type=_version)
     diff = _add(each, "diff", _diff, "how far one version is from another", as_json=True)
-    diff.add_argument("first", type=int, metavar="A")
-    diff.add_argument("second", type=int, metavar="B")
+    diff.add_argument("first", type=_version, metavar="A")
+    diff.add_argument("second", type=_version, metavar="B")
     back = _add(each, "rollback", _rollback, "take everything newer than a version out of use, for good")
-    back.add_argument("number", type=int, nargs="?", metavar="N", help="default: the one before the latest")
+    back.add_argument("number", type=_version, nargs="?", metavar="N", help="default: the one before the latest")
     back.add_argument("--reason", default="rolled back by hand", metavar="TEXT", help="kept with the rejected versions")
     back.add_argument("--yes", action="store_true", help="do not ask")
     export = _add(each, "export", _export, "copy a version for stock `vllm serve`")
-    export.add_argument("number", type=int, metavar="N")
+    export.add_argument("number", type=_version, metavar="N")
     export.add_argument("directory", type=Path, metavar="DIR", help="new directory")
     intake = _add(each, "import", _import, "check a drafter from elsewhere and publish it as the next version")
     intake.add_argument("directory", type=Path, metavar="DIR")
@@ -54,6 +54,14 @@ def _add(
         parser.add_argument("--json", dest="as_json", action="store_true", help="print JSON")
     parser.set_defaults(run=run, passes_rest=False)
     return parser
+
+
+def _version(text: str) -> int:
+    """`7`, or as its directory is named, `v000007`. Raises ArgumentTypeError."""
+    digits = text.removeprefix("v")
+    if not (digits.isascii() and digits.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text}: no version; give its number, such as 7 or v000007")
+    return int(digits)
 
 
 def _options(known: argparse.Namespace) -> "StoreOptions":
@@ -185,6 +193,9 @@ def _export(known: argparse.Namespace, _rest: list[str]) -> int:
     method = "eagle3" if known.kind == "eagle3" else "draft_model"
     speculation = json.dumps({"method": method, "model": str(directory), "num_speculative_tokens": 3})
     print(f"{directory}: version {known.number}; vllm serve TARGET --speculative-config '{speculation}'")
+    reason = _options(known).open().rejection(known.number)
+    if reason is not None:
+        print(f"aurora: version {known.number} is rejected: {reason or 'nobody said why'}", file=sys.stderr)
     return 0
 
 

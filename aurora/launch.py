@@ -24,7 +24,7 @@ from aurora.node_roles import await_roles
 from aurora.placement import as_configured, ray_nodes
 from aurora.ray_access import require_token, stay_on_loopback
 from aurora.replicas import supervise
-from aurora.run_directory import only_server_of
+from aurora.run_directory import link_logs, only_server_of
 from aurora.standby import Standby
 from aurora.start_notice import StartNotice
 from aurora.stop_signals import StopSignals
@@ -61,6 +61,7 @@ def _serve(config: AuroraConfig, model_dir: Path, keys: list[str]) -> int:
     _start_ray(config)
     import ray
 
+    link_logs(config.run_dir, Path(ray_logs()).parent)
     print(f"aurora: {config.model} starts; its processes write to {ray_logs()}", flush=True)
     try:
         if config.cluster.address is not None:

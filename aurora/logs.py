@@ -1,7 +1,7 @@
 """`aurora logs`: what the actors of a deployment wrote, and what `aurora serve` printed.
 
-On this machine those are Ray's own files, of the newest session, and `serve.log` in the run directory where there is
-one. On a cluster the head's `serve.log` has the actors' lines of every node, too.
+On this machine those are Ray's own files, to which RUN_DIR/logs is a link, and `serve.log` in the run directory where
+there is one. On a cluster the head's `serve.log` has the actors' lines of every node, too.
 """
 
 import os
@@ -14,6 +14,7 @@ from pathlib import Path
 from aurora.cluster_file import load
 from aurora.cluster_up import SHARED, Run, on_node, ray_command, run_command, run_dir
 from aurora.config import UserError, require_positive
+from aurora.run_directory import LOGS
 
 _POLL_S = 0.5
 _HEAD_BYTES = 4096  # Ray names the actor in the first lines
@@ -39,7 +40,7 @@ def run(options: LogsOptions, run: Run = run_command) -> int:
     """Print the logs, and with `follow` what is added to them until Ctrl-C; returns the exit code. Raises UserError."""
     if options.file is not None:
         return _cluster_logs(options, options.file, run)
-    logs = LocalLogs(session_logs(), options.run_dir / "serve.log", options.lines)
+    logs = LocalLogs(session_logs(options.run_dir), options.run_dir / "serve.log", options.lines)
     found = logs.poll()
     if not found and not options.follow:
         raise UserError(f"{logs.directory}: no actor of Aurora's has written there yet; is `aurora serve` running?")
@@ -51,8 +52,13 @@ def run(options: LogsOptions, run: Run = run_command) -> int:
     return 0
 
 
-def session_logs() -> Path:
-    """The log directory of this machine's newest Ray session. Raises UserError where there is none."""
+def session_logs(run_dir: Path) -> Path:
+    """Where the newest server of a run directory logs, or else this machine's newest Ray session.
+
+    Raises UserError where there is neither.
+    """
+    if (run_dir / LOGS).is_dir():
+        return run_dir / LOGS
     directory = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "session_latest", "logs")  # noqa: S108 - Ray's place
     if not directory.is_dir():
         raise UserError(f"{directory}: no Ray session on this machine; start `aurora serve`, or name a cluster's file")

@@ -165,8 +165,18 @@ def _bind_error(host: str, number: int) -> int | None:
 
 
 def _ray_processes() -> list[tuple[int, str, str]]:
-    found = (p.info for p in psutil.process_iter(["pid", "name", "username"]))
-    return sorted((i["pid"], i["name"], i["username"] or "?") for i in found if i["name"] in _RAY)
+    """Process id, name and user of Ray's processes, without those that a running `aurora serve` has started."""
+    found = [p for p in psutil.process_iter(["pid", "name", "username"]) if p.info["name"] in _RAY]
+    left = [p.info for p in found if not _is_below_a_server(p)]
+    return sorted((i["pid"], i["name"], i["username"] or "?") for i in left)
+
+
+def _is_below_a_server(process: psutil.Process) -> bool:
+    try:
+        commands = [parent.cmdline() for parent in process.parents()]
+    except psutil.Error:  # it has ended, or is another user's
+        return False
+    return any("serve" in c and any(Path(part).name in ("aurora", "aurora.cli") for part in c) for c in commands)
 
 
 def has_wandb_key(environment: Mapping[str, str]) -> bool:

@@ -13,7 +13,7 @@ class EngineReport(msgspec.Struct, frozen=True, kw_only=True):
 
     steps: int = 0
     request_steps: int = 0  # decode steps summed over requests, those with k = 0 included
-    emitted_tokens: int = 0
+    emitted_tokens: int = 0  # the first of each answer, which the end of its prompt emits, included
     prefill_tokens: int = 0
     busy_s: float = 0.0  # engine time spent in steps
     draft_steps: dict[int, int] = {}  # by drafter version: verification steps with at least one draft
@@ -136,7 +136,7 @@ _KIND = ("kind",)
 METRICS: dict[str, Metric] = {
     "aurora_steps_total": Metric("counter", "Engine steps"),
     "aurora_request_steps_total": Metric("counter", "Decode steps summed over requests, undrafted ones included"),
-    "aurora_emitted_tokens_total": Metric("counter", "Tokens emitted by decode steps"),
+    "aurora_emitted_tokens_total": Metric("counter", "Tokens emitted, the first of each answer included"),
     "aurora_prefill_tokens_total": Metric("counter", "Prompt tokens computed"),
     "aurora_busy_seconds_total": Metric("counter", "Engine time spent in steps"),
     "aurora_draft_steps_total": Metric("counter", "Verification steps with at least one draft", _VERSION),

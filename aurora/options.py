@@ -1,12 +1,13 @@
 """The flags of `aurora serve`: a table from flag to configuration key, and the split between our flags and vLLM's.
 
 A flag that is not in the table belongs to vLLM, which checks it by name at start-up. Flags of vLLM that Aurora itself
-sets are refused here.
+sets are refused here, and so are those that are nearly one of the table.
 """
 
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +70,7 @@ OPTIONS = (
     Option("--address", "cluster.address", "Ray cluster to join: auto or HOST:PORT; default: a local one"),
 )
 
+_MISSPELT = 0.8  # likeness (`difflib`) of a flag to one of ours from which on it is taken for that; vLLM's are below it
 _SPECULATION = "Aurora sets it; use --k-max, --fixed-k, --drafter, --sample-drafts or --no-speculation"
 _ENGINE_SEAM = "Aurora installs its own there"
 REFUSED = {
@@ -115,14 +117,22 @@ def read_config(known: argparse.Namespace, rest: Sequence[str]) -> "AuroraConfig
     overrides |= dict(_parse_setting(setting) for setting in known.settings)
     config = load_config(known.config, overrides)
     refuse_controlled(config.vllm_args, config.speculation.enabled)
+    refuse_misspelt(config.vllm_args)
     return config
 
 
 def split_model(rest: Sequence[str]) -> tuple[str | None, tuple[str, ...]]:
-    """MODEL, which comes before every flag of vLLM's, and those flags; `--` ends our flags and is dropped."""
+    """MODEL, which comes before every flag of vLLM's, and those flags; `--` ends our flags and is dropped.
+
+    Raises ConfigError for a second MODEL.
+    """
+    from aurora.config import ConfigError
+
     model = None
     if rest and not rest[0].startswith("-"):
         model, *rest = rest
+    if rest and not rest[0].startswith("-"):
+        raise ConfigError(f"{rest[0]}: the model is {model} already; give one MODEL, then flags")
     return model, tuple(argument for argument in rest if argument != "--")
 
 
@@ -138,6 +148,18 @@ def refuse_controlled(vllm_args: Sequence[str], speculation: bool = True) -> Non
         name = flag.replace("_", "-") if flag.startswith("--") else flag
         if name in REFUSED and (speculation or REFUSED[name] != _SPECULATION):
             raise ConfigError(f"{flag}: {REFUSED[name]}")
+
+
+def refuse_misspelt(vllm_args: Sequence[str]) -> None:
+    """Raise ConfigError for a flag that is nearly one of ours: vLLM, which has none so alike, would refuse it late."""
+    from aurora.config import ConfigError
+
+    ours = ["--config", "--set", *(option.flag for option in OPTIONS)]
+    for argument in vllm_args:
+        flag = argument.split("=", 1)[0]
+        near = get_close_matches(flag, ours, 1, _MISSPELT) if flag.startswith("--") else []
+        if near:
+            raise ConfigError(f"{flag}: no such flag; did you mean {near[0]}?")
 
 
 def _parse_setting(setting: str) -> tuple[str, Any]:

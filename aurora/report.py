@@ -88,7 +88,7 @@ def read_run(file: Path) -> BenchRun | TrafficRun:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: not JSON; {_REMEDY}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file}: not what either of them writes ({error!r}); {_REMEDY}") from error
+        raise UserError(f"{file}: not what either of them writes; {_REMEDY}") from error
 
 
 def versions() -> dict[str, str]:

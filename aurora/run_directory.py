@@ -8,7 +8,17 @@ from pathlib import Path
 
 from aurora.config import UserError
 
+LOGS = "logs"  # link to where the processes of its newest server write
 _LOCK = ".serving"  # holds the process id of who has it
+
+
+def link_logs(run_dir: Path, logs: Path) -> None:
+    """Have RUN_DIR/logs point there. Where it cannot, nothing is lost but the short way to them."""
+    staging = run_dir / f".{LOGS}"
+    with suppress(OSError):
+        staging.unlink(missing_ok=True)
+        staging.symlink_to(logs)
+        staging.replace(run_dir / LOGS)
 
 
 @contextmanager

@@ -27,7 +27,7 @@ class Scrape:
     draft_steps: dict[int, float] = field(default_factory=dict)
     accepted: dict[int, float] = field(default_factory=dict)
     request_steps: float = 0.0
-    emitted: float = 0.0
+    emitted: float = 0.0  # the first token of each answer included
     live_version: int | None = None
     step_costs: dict[str, float] = field(default_factory=dict)  # seconds, by the names of `aurora.step_time.COSTS`
 
@@ -93,11 +93,11 @@ def acceptance_length(before: Scrape | None, after: Scrape | None) -> float | No
 
 
 def tokens_per_step(before: Scrape | None, after: Scrape | None) -> float | None:
-    """Tokens emitted per decode step of a request, undrafted steps included; None if unknown."""
+    """1 + accepted / decode steps of a request, undrafted ones included; None if unknown."""
     if before is None or after is None:
         return None
     steps = _increase(before.request_steps, after.request_steps)
-    return _increase(before.emitted, after.emitted) / steps if steps else None
+    return 1 + sum(grown(before.accepted, after.accepted).values()) / steps if steps else None
 
 
 def versions_seen(scrapes: Sequence[Scrape | None]) -> list[int]:

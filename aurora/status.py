@@ -119,7 +119,7 @@ def status(histories: Sequence[Sequence[Look]]) -> Status:
         step_time_error=gauge(lasts, "aurora_step_time_error", max) or None,
         acceptance_length=acceptance(window),
         acceptance_by_position=_by_position(window),
-        tokens_per_step=window.ratio("aurora_emitted_tokens_total", "aurora_request_steps_total"),
+        tokens_per_step=_one_and(window, "aurora_request_steps_total"),
         k_mix=_shares({int(k): n for k, n in window.by("aurora_k_total", "k").items()}),
         drafter_mix=_drafters(window),
         versions=_versions(lasts),
@@ -135,7 +135,12 @@ def latest_acceptance(looks: Sequence[Look]) -> float | None:
 
 def acceptance(growth: Growth) -> float | None:
     """1 + accepted drafts / verification steps with drafts; None without such steps."""
-    accepted = growth.ratio("aurora_accepted_tokens_total", "aurora_draft_steps_total")
+    return _one_and(growth, "aurora_draft_steps_total")
+
+
+def _one_and(growth: Growth, steps: str) -> float | None:
+    """The target's own token and the accepted drafts of a step."""
+    accepted = growth.ratio("aurora_accepted_tokens_total", steps)
     return None if accepted is None else 1 + accepted
 
 

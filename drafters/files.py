@@ -113,7 +113,8 @@ def _check_config(directory: Path, target: dict[str, Any], target_name: str, fin
         marked = found.get("aurora", {}).get("target_fingerprint")
         layer = {**found["transformer_layer_config"]}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DrafterRefused(f"{path}: not an EAGLE-3 drafter in speculators format ({error}); {REMEDY}") from error
+        what = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise DrafterRefused(f"{path}: not an EAGLE-3 drafter in speculators format ({what}); {REMEDY}") from error
     optional = {"attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False, "hidden_act": "silu"}
     compare_config(path, {**optional, "head_dim": config.head_dim, **layer}, wanted["transformer_layer_config"])
     tapped = {"eagle_aux_hidden_state_layer_ids": list(default_aux_layers(target["num_hidden_layers"]))}

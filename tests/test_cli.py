@@ -70,7 +70,20 @@ def test_flags_that_are_not_ours_go_to_vllm_in_order(capsys: pytest.CaptureFixtu
 
 
 def test_our_flags_are_not_abbreviated(capsys: pytest.CaptureFixture[str]) -> None:
-    assert show(capsys, "--trainer-thread", "2")["vllm_args"] == ["--trainer-thread", "2"]
+    assert "did you mean --trainer-threads?" in fails(capsys, "config", "show", "--trainer-thread", "2")
+
+
+@pytest.mark.parametrize(
+    ("flag", "meant"),
+    [("--prot", "--port"), ("--publish-intervall=3", "--publish-interval"), ("--run_dir", "--run-dir")],
+)
+def test_a_flag_that_is_nearly_ours_is_refused(flag: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
+    said = fails(capsys, "serve", "m", flag, "1")
+    assert f"{flag.partition('=')[0]}: no such flag; did you mean {meant}?" in said
+
+
+def test_a_second_model_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "other: the model is m already" in fails(capsys, "config", "show", "m", "other")
 
 
 @pytest.mark.parametrize(

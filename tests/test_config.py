@@ -35,6 +35,13 @@ def test_what_is_printed_loads_again(tmp_path: Path) -> None:
         ("server: {prot: 1}", "server.prot: unknown key"),
         ("server: {port: 70000}", "server.port: .*65535.*70000"),
         ("speculation: {fixed_k: 9}", "fixed_k 9 exceeds k_max 4: raise k_max"),
+        (
+            "speculation: {drafters: 'ngram,eagle3'}",
+            r"speculation.drafters: give a list, such as \[a, b\], got 'ngram,ea",
+        ),
+        ("speculation: {drafters: [ngrm]}", r"^speculation.drafters.0: Input should be 'eagle3', [^;]*, got 'ngrm' \("),
+        ("speculation: {drafters: []}", "speculation.drafters: .*at least 1 item"),
+        ("trainer: 1", "trainer: a section of keys; set one of them, such as trainer.KEY, got 1"),
         ("- a list", "expected a mapping at the top, got list"),
         ("a: [", "not valid YAML"),
         ("a: \x00", "not valid YAML"),

@@ -109,6 +109,23 @@ def test_show_checks_the_files(run: Run, run_dir: Path) -> None:
     assert json.loads(run("show", 2, "--json", code=1))["damage"]
 
 
+def test_a_version_can_be_named_as_its_directory_is(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("show", "v000002", "--json") == run("show", 2, "--json")
+    with pytest.raises(SystemExit):
+        run("show", "two")
+    assert "two: no version; give its number, such as 7 or v000007" in capsys.readouterr().err
+
+
+def test_an_export_of_a_rejected_version_says_so(
+    run: Run, run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    DrafterStore(run_dir / "drafters").reject(3, "no good")
+    assert main(["drafters", "export", "--run-dir", str(run_dir), "3", str(tmp_path / "out")]) == 0
+    assert "version 3 is rejected: no good" in capsys.readouterr().err
+    run("export", 2, tmp_path / "two")
+    assert capsys.readouterr().err == ""
+
+
 def test_diff_says_how_far_each_tensor_moved(run: Run) -> None:
     found = json.loads(run("diff", 1, 2, "--json"))
     changed = {tensor["name"]: tensor["relative"] for tensor in found["tensors"] if tensor["relative"]}

@@ -1,6 +1,10 @@
 import errno
 import json
+import os
+import shutil
+import signal
 import socket
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -210,6 +214,25 @@ def test_what_is_wrong_has_a_remedy(case: str) -> None:
     finding, remedy, fatal = ILL[case]
     assert remedy in finding.remedy
     assert finding.fatal == fatal
+
+
+def test_ray_of_a_server_that_runs_is_not_left_over(tmp_path: Path) -> None:
+    raylet = tmp_path / "raylet"
+    shutil.copy("/bin/sleep", raylet)
+    script = f"{raylet} 60 & echo $!; wait"
+    with (
+        subprocess.Popen(["/bin/sh", "-c", script, "/venv/bin/aurora", "serve"], stdout=subprocess.PIPE) as server,
+        subprocess.Popen([raylet, "60"]) as stray,
+    ):
+        assert server.stdout is not None
+        below = int(server.stdout.readline())
+        try:
+            found = {pid for pid, _, _ in machine._ray_processes()}
+        finally:
+            os.kill(below, signal.SIGTERM)
+            stray.terminate()
+    assert stray.pid in found
+    assert below not in found
 
 
 def test_a_key_for_wandb_is_found_without_wandb(tmp_path: Path) -> None:

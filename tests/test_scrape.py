@@ -57,7 +57,7 @@ def test_a_server_without_speculation_tells_nothing():
 
 
 def test_differences():
-    before, after = parse_scrape(AURORA), Scrape({0: 10, 1: 9}, {0: 4, 1: 19}, 24, 47, 2)
+    before, after = parse_scrape(AURORA), Scrape({0: 10, 1: 9}, {0: 4, 1: 19}, 24, 50, 2)
     assert acceptance_length(before, after) == pytest.approx(3)
     assert tokens_per_step(before, after) == pytest.approx(3)
     assert acceptance_length(before, before) is None

@@ -142,7 +142,7 @@ def test_rates_are_of_the_last_two_looks_and_mixes_of_all(running: tuple[Server,
     assert (s.running, s.waiting, s.model) == (3, 1, "org/tiny")
     assert s.acceptance_length == 1 + 32 / 16
     assert s.acceptance_by_position == [1, 0.75]
-    assert s.tokens_per_step == 2.5
+    assert s.tokens_per_step == 2.6
     assert s.k_mix == {0: 0.2, 1: 0, 2: 0.4, 3: 0.4}
     assert s.drafter_mix == {"eagle3": 0.4, "table": 0.3, "model": 0.1, "none": 0.2}
     assert (s.versions.live, s.versions.swaps, s.versions.last_stall_s) == (3, 2, 0.25)

@@ -9,11 +9,14 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from aurora.config import UserError
+from aurora.options import OPTIONS, refuse_misspelt
 from serve.engine import parse_vllm_args
 from tests.integration.process import START_LIMIT_S, ServedModel
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.engine
+
+OURS = {"--config", *(option.flag for option in OPTIONS)}  # never handed to vLLM
 
 
 def _error(code: int, output: str) -> str:
@@ -35,6 +38,17 @@ def test_unknown_flags_are_refused_by_name(tiny_model: Path) -> None:
         parse_vllm_args(str(tiny_model), ("--no-such-flag", "3"))
     with pytest.raises(UserError, match="max-model-len"):
         parse_vllm_args(str(tiny_model), ("--max-model-len", "many"))
+
+
+def test_no_flag_of_vllms_is_taken_for_a_misspelt_one_of_ours() -> None:
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    actions = make_arg_parser(FlexibleArgumentParser())._actions
+    theirs = {flag for action in actions for flag in action.option_strings if flag.startswith("--")}
+    assert len(theirs) > 200
+    for flag in theirs:
+        refuse_misspelt([flag] if flag not in OURS else [])
 
 
 def test_a_stop_while_it_starts(tiny_model: Path, tmp_path: Path) -> None:
