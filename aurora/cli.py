@@ -40,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     known, rest = parser.parse_known_args(argv)
     if rest and not known.passes_rest:
-        parser.error(f"unknown argument {rest[0]}; see `aurora --help`")
+        command_name = next(word for word in argv or sys.argv[1:] if not word.startswith("-"))
+        parser.exit(2, f"aurora: error: unknown argument {rest[0]}; see `aurora {command_name} --help`\n")
     command: _Command = known.run
     try:
         return command(known, rest)

@@ -99,7 +99,8 @@ def _library_rows(name: str, split: str) -> Iterator[Row]:
         ) from error
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"data set {name}, split {split}: {reason}; check the name and --split") from error
+        remedy = "check the name and --split, or give a .jsonl file"
+        raise UserError(f"data set {name}, split {split}: {reason.rstrip('.')}; {remedy}") from error
     for number, row in enumerate(loaded):
         yield f"{name}[{split}] row {number}", dict(row)
 

@@ -160,6 +160,12 @@ def test_unknown_arguments_of_our_own_commands_are_refused(
     assert "error:" in capsys.readouterr().err
 
 
+def test_an_unknown_argument_sends_to_the_commands_own_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["doctor", "--prot", "3"])
+    assert capsys.readouterr().err == "aurora: error: unknown argument --prot; see `aurora doctor --help`\n"
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["--version"])
