@@ -42,7 +42,7 @@ class Row(NamedTuple):
 
 def main(arguments: Sequence[str]) -> int:
     """Exit code 1 if a client failed. Rows are said as they come: what fails later does not take them away."""
-    lm_eval, *flags = arguments
+    lm_eval, flags = str(Path(arguments[0]).absolute()), arguments[1:]
     model = export_default_model(cache_root())
     rows: list[Row] = []
     print("| client | version | exercised | outcome |\n|---|---|---|---|", flush=True)
