@@ -123,11 +123,17 @@ def replica_name(number: int) -> str:
 
 
 def ray_logs() -> str:
-    """Where Ray keeps what the actors wrote."""
+    """Where Ray keeps what the actors wrote, in words."""
+    directory = ray_log_directory()
+    return f"{directory}/worker-*.err" if directory is not None else "Ray's logs"
+
+
+def ray_log_directory() -> Path | None:
+    """The log directory of this machine's node; None while there is none."""
     import ray
 
     node = ray._private.worker._global_node
-    return f"{node.get_logs_dir_path()}/worker-*.err" if node is not None else "Ray's logs"
+    return Path(node.get_logs_dir_path()) if node is not None else None
 
 
 def cpus_wanted(config: AuroraConfig) -> int:

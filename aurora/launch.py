@@ -18,7 +18,7 @@ import psutil
 
 from aurora.config import AuroraConfig, UserError
 from aurora.default_model import model_directory, resolve_model
-from aurora.deployment import NAMESPACE, Deployment, cpus_wanted, ray_logs
+from aurora.deployment import NAMESPACE, Deployment, cpus_wanted, ray_log_directory, ray_logs
 from aurora.model_size import ModelSize
 from aurora.node_roles import await_roles
 from aurora.placement import as_configured, ray_nodes
@@ -61,7 +61,8 @@ def _serve(config: AuroraConfig, model_dir: Path, keys: list[str]) -> int:
     _start_ray(config)
     import ray
 
-    link_logs(config.run_dir, Path(ray_logs()).parent)
+    if (logs := ray_log_directory()) is not None:
+        link_logs(config.run_dir, logs)
     print(f"aurora: {config.model} starts; its processes write to {ray_logs()}", flush=True)
     try:
         if config.cluster.address is not None:

@@ -158,7 +158,7 @@ def refuse_misspelt(vllm_args: Sequence[str]) -> None:
     for argument in vllm_args:
         flag = argument.split("=", 1)[0]
         near = get_close_matches(flag, ours, 1, _MISSPELT) if flag.startswith("--") else []
-        if near:
+        if near and near[0] != flag:
             raise ConfigError(f"{flag}: no such flag; did you mean {near[0]}?")
 
 

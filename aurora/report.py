@@ -17,7 +17,7 @@ import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
-from aurora.bench_result import BenchResult, Cell, cell_of, cells_of, heads, wide_console
+from aurora.bench_result import BenchResult, Cell, RowValue, cell_of, cells_of, heads, wide_console
 from aurora.config import UserError, require_writable
 from aurora.report_page import Grid, Part, Section, latency_plot, page, ratio_plot, speed_plot
 from aurora.results import change_interval, median_interval
@@ -120,16 +120,16 @@ def _bench_sections(runs: Sequence[BenchRun]) -> list[Section]:
 
 
 def _bench_section(run: BenchRun) -> Section:
-    result = run.result
-    overview = Part("", plots=[(f"Over {result.baseline}: medians over the rounds", ratio_plot(result))])
-    parts = [overview, *(_cell_part(result, cell) for cell in result.cells)]
+    result, rows = run.result, list(run.result.rows())
+    overview = Part("", plots=[(f"Over {result.baseline}: medians over the rounds", ratio_plot(result, rows))])
+    parts = [overview, *(_cell_part(result, cell, rows) for cell in result.cells)]
     return Section(run.name, parts, {"Configuration": run.options, "Versions": run.versions})
 
 
-def _cell_part(result: BenchResult, cell: Cell) -> Part:
-    rows = [cells_of(row)[1:] for row in result.rows() if cell_of(row) == cell]
+def _cell_part(result: BenchResult, cell: Cell, rows: Sequence[Mapping[str, RowValue]]) -> Part:
+    mine = [cells_of(row)[1:] for row in rows if cell_of(row) == cell]
     plots = [("Each round", speed_plot(result, cell)), ("Requests of all rounds", latency_plot(result, cell))]
-    return Part(str(cell), Grid(heads(result)[1:], rows), plots)
+    return Part(str(cell), Grid(heads(result)[1:], mine), plots)
 
 
 def _changes(runs: Sequence[BenchRun]) -> Grid:

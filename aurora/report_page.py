@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from aurora.bench_result import BenchResult, Cell
-from aurora.results import median_interval
+from aurora.bench_result import BenchResult, Cell, RowValue, cell_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,6 +19,7 @@ _NAMESPACES = re.compile(r"\sxmlns(:\w+)?=\"[^\"]*\"")  # which HTML knows
 _WIDTH, _HEIGHT = 5.6, 3.2  # inches
 _WIDE, _ROW = 8.0, 0.16  # of the plot of ratios, and of an arm in it
 _BASELINE_COLOUR = "0.55"
+_INTERVAL = ("ratio", "ratio_low", "ratio_high")
 
 
 class Grid(NamedTuple):
@@ -58,20 +58,20 @@ def page(sections: Sequence[Section]) -> str:
     return environment.from_string(source).render(sections=sections)
 
 
-def ratio_plot(result: BenchResult) -> str:
-    """Median ratio of each arm to the baseline and its 95 % interval, all cells in one picture, as SVG."""
-    arms, colours = result.arms[1:], _colours(result)
+def ratio_plot(result: BenchResult, rows: Sequence[Mapping[str, RowValue]]) -> str:
+    """Median ratio of each arm to the baseline and its 95 % interval, all cells in one picture, as SVG.
+
+    rows: those of the result.
+    """
+    arms = result.arms[1:]
     figure, panel = _figure(_WIDE, _ROW * (len(arms) + 1) * len(result.cells) + 1.2)
     panel.axvline(1, color=_BASELINE_COLOUR, linewidth=1)
-    for place, cell in enumerate(result.cells):
-        for below, arm in enumerate(arms):
-            ratios = result.ratios(arm, cell)
-            if ratios:
-                middle = float(np.median(ratios))
-                low, high = median_interval(ratios) or (middle, middle)
-                y, off = place + (below + 1) / (len(arms) + 1) - 0.5, [[middle - low], [high - middle]]
-                label = arm if place == 0 else None
-                panel.errorbar(middle, y, xerr=off, fmt="o", markersize=4, color=colours[arm], label=label)
+    for below, arm in enumerate(arms, 1):
+        mine = [row for row in rows if row["arm"] == arm]
+        places = [result.cells.index(cell_of(row)) + below / (len(arms) + 1) - 0.5 for row in mine]
+        middle, low, high = (np.array([row[name] for row in mine], float) for name in _INTERVAL)
+        off = np.nan_to_num([middle - low, high - middle])  # a single round has no interval
+        panel.errorbar(middle, places, xerr=off, fmt="o", markersize=4, color=_colours(result)[arm], label=arm)
     panel.set_yticks(range(len(result.cells)), [str(cell) for cell in result.cells])
     panel.set_ylim(len(result.cells) - 0.5, -0.5)
     panel.set_xlabel(f"tokens/s over {result.baseline}")

@@ -167,8 +167,13 @@ class StepTimeModel:
 
     def predict(self, work: StepWork) -> float:
         """Seconds that `work` will take as the next step. Raises ValueError before the first observation."""
+        return float(self.now @ work.vector()) * self._spell_factor
+
+    @property
+    def _spell_factor(self) -> float:
+        """How many times longer the next step will take because of the last few."""
         likeness = min(max(self._followed / self._squares, 0.0), 1.0) if self._squares else 0.0
-        return float(self.now @ work.vector() * np.exp(likeness * self._spell))
+        return float(np.exp(likeness * self._spell))
 
     def predict_plain(self, work: StepWork, emitted: int) -> float:
         """Seconds that the same prompts and the same `emitted` tokens would take without speculation.
@@ -178,9 +183,7 @@ class StepTimeModel:
         """
         plain = StepWork(work.requests, 0, 0, work.context_tokens, 0, 0)
         steps = emitted / work.requests if work.requests else 1.0
-        prompts = StepWork(0, 0, work.prefill_tokens, 0, 0, 0)
-        nothing = StepWork(0, 0, 0, 0, 0, 0)
-        return steps * self.predict(plain) + self.predict(prompts) - self.predict(nothing)
+        return steps * self.predict(plain) + work.prefill_tokens * float(self.now[PREFILL]) * self._spell_factor
 
     def observe(self, work: StepWork, seconds: float) -> None:
         """Learn from a finished step."""
@@ -189,7 +192,8 @@ class StepTimeModel:
         if self._costs is None:
             self._costs = _PRIOR_SHARES * seconds / float(_PRIOR_SHARES @ x)
         usual = max(float(self._costs @ x), 1e-9)
-        self._errors = [*self._errors[-255:], abs(self.predict(work) - seconds) / seconds]
+        predicted = usual * float(np.exp(self._pace)) * self._spell_factor
+        self._errors = [*self._errors[-255:], abs(predicted - seconds) / seconds]
         difference = float(np.log(seconds / usual)) - self._pace
         settled = self._seen >= _SETTLED
         most = _SURPRISE if settled else _FIRST_SURPRISE

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.engine
 PROMPTS = ([5, 6, 7, 8], list(range(40, 70)), [9] * 12, [300, 4, 120, 33, 77])
 Settings = tuple[dict[str, float], ...]
 SETTINGS: Settings = ({"temperature": 1.0}, {"temperature": 0.7, "top_p": 0.9}, {"temperature": 1.0, "top_k": 8})
-SAMPLES = 1200
+SAMPLES = 2000
 _PERMUTATIONS = 60_000
 TOKENS = 3  # compared; the requests are longer, because the last tokens of one are never drafted
 _MIXED = "tests.integration.mixed_scheduler.MixedScheduler"
@@ -170,7 +170,7 @@ def test_drafts_leave_the_distribution_as_it_is(
     samples, report = _sample(tiny_model, **_aurora(drafter, method, scheduler, model))
     assert report is not None
     assert set(report.accepted_tokens) == versions
-    assert min(report.accepted_tokens.values()) > 300, "drafts were accepted, so speculation had its say"
+    assert min(report.accepted_tokens.values()) > 500, "drafts were accepted, so speculation had its say"
     p = _p_values(target, samples)
     assert len(p) == len(SETTINGS) * len(PROMPTS) * (TOKENS + 1)
     assert min(p) * len(p) > 0.001, f"smallest of {len(p)} p-values (Bonferroni): {sorted(p)[:5]}"
